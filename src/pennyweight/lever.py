@@ -203,9 +203,7 @@ def find(name: str) -> Card:
         load_rooms()
     if name not in _REGISTRY:
         near = get_close_matches(name, _REGISTRY, n=3) or sorted(_REGISTRY)
-        raise RecipeError(
-            f"no lever is called {name!r}; did you mean {', '.join(near)}? `pennyweight levers` lists all"
-        )
+        raise RecipeError(f"no lever is called {name!r}; did you mean {', '.join(near)}? list: `pennyweight levers`")
     return _REGISTRY[name]
 
 

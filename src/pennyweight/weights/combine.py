@@ -6,6 +6,7 @@ Shape letters: M out features, N in features; ... any leading dimensions.
 from __future__ import annotations
 
 from functools import reduce
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Sum(Nested):
         super().__init__(terms, shape=_same_shape("Sum", terms))
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce(torch.add, (term(x) for term in self.terms))
+        return reduce(torch.add, (term.forward(x) for _, term in self.named_terms()))
 
     def dense(self) -> Tensor:
         return reduce(torch.add, (term.dense() for _, term in self.named_terms()))
@@ -61,14 +62,12 @@ class Product(Nested):
 
     def __init__(self, *terms: Weight) -> None:
         shapes = [term.shape for term in terms]
-        if not terms or any(left[1] != right[0] for left, right in zip(shapes, shapes[1:], strict=False)):
+        if not terms or any(left[1] != right[0] for left, right in pairwise(shapes)):
             raise ShapeError(f"Product: shapes {' @ '.join(map(str, shapes)) or '(none)'} do not chain")
         super().__init__(terms, shape=(shapes[0][0], shapes[-1][1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        for term in reversed(self.terms):
-            x = term(x)
-        return x
+        return reduce(lambda found, named: named[1].forward(found), reversed(self.named_terms()), x)
 
     def dense(self) -> Tensor:
         return reduce(torch.matmul, (term.dense() for _, term in self.named_terms()))

@@ -104,7 +104,8 @@ class Weight(nn.Module, abc.ABC):
     @classmethod
     def build(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: Mapping[str, Weight]) -> Weight:
         """The inverse of `settings`, `tensors` and `parts`; the default passes all of them by name."""
-        return cls(**tensors, **parts, **settings)
+        made: Callable[..., Weight] = cls
+        return made(**tensors, **parts, **settings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,7 +165,7 @@ class Nested(Weight):
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: Mapping[str, Weight]) -> Weight:
-        return cls(*parts.values(), **settings)  # type: ignore[call-arg, arg-type]
+        return cls(*parts.values(), **settings)  # type: ignore[arg-type]
 
 
 def rebuild(found: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str = "weight") -> Weight:
@@ -205,9 +206,7 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
     if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
         wrong = int((~torch.isfinite(tensor)).sum())
         if wrong:
-            raise FormError(
-                f"{name}: {wrong} of {tensor.numel()} values are NaN or infinite; mend the checkpoint first"
-            )
+            raise FormError(f"{name}: {wrong} of {tensor.numel()} values are NaN or infinite; mend the checkpoint")
     return tensor
 
 
