@@ -10,7 +10,8 @@ Shape letters: M out features, N in features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace as changed
+from dataclasses import dataclass
+from dataclasses import replace as changed
 
 from torch import Tensor, nn
 
@@ -117,7 +118,7 @@ def of(module: nn.Module) -> Anatomy:
         ),
         embedding=by_name[embedding.name] if embedding else None,
         head=by_name[head.name] if head else None,
-        tied=bool(embedding and head) and _tensor(module, embedding) is _tensor(module, head),
+        tied=embedding is not None and head is not None and _tensor(module, embedding) is _tensor(module, head),
         norms=tuple(path for path, layer in module.named_modules() if path and find.is_norm(layer)),
         unknown=(*(found.name for found in whole if found.role == UNKNOWN), *find.bare(module, sites)),
         whole=tuple(whole),
@@ -180,7 +181,10 @@ def _first(found: Sequence[Map]) -> Map | None:
 
 def _announced(module: nn.Module, getter: str, among: Sequence[Map]) -> list[Map]:
     get = getattr(module, getter, None)
-    layer = get() if callable(get) else None
+    try:
+        layer = get() if callable(get) else None
+    except NotImplementedError:  # how the library says that a model has none
+        layer = None
     return [found for found in among if layer is not None and module.get_submodule(found.path) is layer]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from itertools import pairwise
 
 UNKNOWN = "unknown"
 
@@ -67,7 +68,7 @@ def role_of(path: str, *, kind: str, siblings: Collection[str] = (), in_block: b
     if kind == "embedding":
         return _embedding(segments)
     expert = _expert(segments)
-    if beside_experts and segments[-1] in _ROUTER or "router" in segments:
+    if (beside_experts and segments[-1] in _ROUTER) or "router" in segments:
         return "moe.router"
     if kind in ("conv1d", "conv2d"):
         return "conv"
@@ -95,7 +96,7 @@ def _embedding(segments: list[str]) -> str:
 
 
 def _expert(segments: list[str]) -> int | None:
-    for above, segment in zip(segments, segments[1:], strict=False):
+    for above, segment in pairwise(segments):
         if above.endswith("experts") and not above.startswith("shared") and segment.isdigit():
             return int(segment)
     return None
@@ -145,7 +146,7 @@ def _outside(segments: list[str]) -> str:
         return "embedding.projection"
     if segments[-1] == "project_out":
         return "head.projection"
-    if segments[-1] in _HEAD or segments[-1] == "decoder" and len(segments) > 1:
+    if segments[-1] in _HEAD or (segments[-1] == "decoder" and len(segments) > 1):
         return "head"
     if "vocab_transform" in segments or "transform" in segments or segments[-2:] == ["lm_head", "dense"]:
         return "head.transform"

@@ -5,7 +5,6 @@ Shape letters: M out features, N in features, E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,7 +37,7 @@ def sites(module: nn.Module) -> Iterator[Site]:
         if path.startswith(inside) and inside:
             continue  # the parts of a compact layer or of a fused attention are no layers of their own
         found = list(_sites_of(path, layer, module))
-        if found and isinstance(getattr(layer, "weight", None), Weight) or isinstance(layer, nn.MultiheadAttention):
+        if (found and isinstance(getattr(layer, "weight", None), Weight)) or isinstance(layer, nn.MultiheadAttention):
             inside = (*inside, f"{path}." if path else "")
         yield from found
 
