@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -93,6 +94,10 @@ class Weight(nn.Module, abc.ABC):
     def cost(self) -> Cost:
         """Exact parameters, stored bytes and FLOPs a row."""
 
+    def left(self, x: Tensor) -> Tensor:
+        """``x @ W``: (..., M) -> (..., N), in the dtype of ``x``; unlike ``T``, it trains this weight itself."""
+        return x @ self.dense().to(x.dtype)
+
     def rows(self, index: Tensor) -> Tensor:
         """Rows ``W[index]`` of shape (*index.shape, N): the look-up of an embedding."""
         return self.dense()[index]
@@ -109,8 +114,19 @@ class Weight(nn.Module, abc.ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that `dense` returns."""
-        return self.dense().dtype
+        """The dtype that `dense` returns: the widest of its tensors and parts, float32 where none is floating."""
+        return self._dtype() or torch.float32
+
+    def _dtype(self) -> torch.dtype | None:
+        """As `dtype`, or None where no tensor is floating: such a form follows its neighbors."""
+        own = (t.dtype for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
+        found = [dtype for dtype in own if dtype.is_floating_point]
+        found += [dtype for _, part in self.named_parts() if (dtype := part._dtype()) is not None]
+        return reduce(torch.promote_types, found) if found else None
+
+    def named_parts(self) -> list[tuple[str, Weight]]:
+        """The weights it is made of, by the prefix that they have in its state dict."""
+        return [(name, part) for name in self.parts if (part := getattr(self, name)) is not None]
 
     @property
     def device(self) -> torch.device:
@@ -142,11 +158,10 @@ class Weight(nn.Module, abc.ABC):
 def structure(weight: Weight) -> dict[str, Any]:
     """The JSON-able structure of ``weight``: with its state dict it rebuilds the weight exactly."""
     found: dict[str, Any] = {"form": weight.form, **weight.settings()}
-    held = [name for name in weight.tensors if getattr(weight, name, None) is not None]
+    held = [name for name in weight.tensors if getattr(weight, name) is not None]
     if held != list(weight.tensors):
         found["tensors"] = held
-    inner = {name: structure(part) for name in weight.parts if (part := getattr(weight, name, None)) is not None}
-    inner |= {name: structure(part) for name, part in weight.named_terms()} if isinstance(weight, Nested) else {}
+    inner = {name: structure(part) for name, part in weight.named_parts()}
     if inner:
         found["parts"] = inner
     return found
@@ -162,6 +177,9 @@ class Nested(Weight):
     def named_terms(self) -> list[tuple[str, Weight]]:
         """``("terms.0", first), ...`` as the state dict names them."""
         return [(f"terms.{index}", term) for index, term in enumerate(self.terms)]  # type: ignore[misc]
+
+    def named_parts(self) -> list[tuple[str, Weight]]:
+        return self.named_terms()
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: Mapping[str, Weight]) -> Weight:
