@@ -1,0 +1,123 @@
+"""Next-token logits, a few positions at a time.
+
+A vocabulary of 49,152 makes 100 MB of float32 logits out of one window of 512 tokens, many times what the rest of the
+model needs. So the model runs once with its head reduced to one position, and the head then runs over the states that
+reached it in chunks. What some models do to their logits behind the head (a soft cap, a scale) is not lost: chunks go
+through the model's own forward, on one token, with the head's input exchanged, unless a trial shows that nothing
+happens there.
+
+Shape letters: B windows of a batch, T tokens, D width of the head's input, V vocabulary, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.errors import DataError, ModelError
+from pennyweight.evaluate.forward import device_of, first_tensor, run
+from pennyweight.model import anatomy
+
+_NUMBERS = 2**22  # logits in one chunk: 17 MB in float32, which stays in the last cache of most processors
+
+
+class Logits:
+    """The next-token logits of a causal language model over the positions of windows that have a next token.
+
+    Call it inside `looking`; logits are float32 whatever the products run in.
+
+    Args:
+        module: returns logits (B, T, V), or an output that holds them, from token ids (B, T).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        found = anatomy.of(module)
+        self.embedding = found.embedding
+        self._head: nn.Module | None = module.get_submodule(found.head.path) if found.head else None
+        self._vocabulary = 0
+        self._bare = False  # whether nothing happens behind the head
+
+    def __call__(self, ids: Tensor) -> Iterator[Tensor]:
+        """Logits (C, V) of positions 0..T-2 of each window of ``ids`` (B, T) in turn; chunks never cross windows."""
+        ids = ids.to(device_of(self.module))
+        states = self._states(ids)
+        if states is None:
+            for window in ids:
+                whole = self._whole(window)
+                yield from (part.float() for part in _even(whole[:-1], whole.shape[-1]))
+            return
+        if not self._vocabulary:
+            self._try(states)
+        for window in states:
+            for part in _even(window[:-1], self._vocabulary):
+                yield self._direct(part) if self._bare else self._replayed(part)
+
+    def _states(self, ids: Tensor) -> Tensor | None:
+        """What reaches the head (B, T, D); None where no head takes one state a token."""
+        if self._head is None:
+            return None
+        seen: list[Tensor] = []
+
+        def shorten(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(inputs[0])
+            return (inputs[0][..., :1, :], *inputs[1:])
+
+        with self._head.register_forward_pre_hook(shorten):
+            run(self.module, ids)
+        return seen[0] if len(seen) == 1 and seen[0].shape[:-1] == ids.shape else None
+
+    def _whole(self, window: Tensor) -> Tensor:  # (T,) -> (T, V)
+        logits = first_tensor(run(self.module, window[None]))
+        if logits.ndim != 3 or logits.shape[:2] != (1, len(window)):
+            raise ModelError(
+                f"{type(self.module).__name__} returns {tuple(logits.shape)} for token ids (1, {len(window)}); "
+                "a causal language model returns logits (1, tokens, vocabulary)"
+            )
+        return logits[0]
+
+    def _try(self, states: Tensor) -> None:
+        """Find the vocabulary, and whether anything happens behind the head, on states that no cap leaves alone."""
+        probe = torch.randn(4, states.shape[-1], generator=torch.Generator().manual_seed(0)).to(states) * 10
+        through = self._replayed(probe)
+        self._vocabulary = through.shape[-1]
+        self._bare = torch.equal(through, self._direct(probe))
+
+    def _direct(self, states: Tensor) -> Tensor:
+        assert self._head is not None
+        logits: Tensor = self._head(states[None])[0]
+        return logits.float()
+
+    def _replayed(self, states: Tensor) -> Tensor:
+        assert self._head is not None
+
+        def exchange(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (states[None], *inputs[1:])
+
+        with self._head.register_forward_pre_hook(exchange):
+            output = run(self.module, torch.zeros(1, 1, dtype=torch.long, device=states.device))
+        return first_tensor(output)[0].float()
+
+
+def _even(positions: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    """``positions`` in the fewest chunks of equal size that hold at most `_NUMBERS` logits each."""
+    return torch.tensor_split(positions, -(-len(positions) * vocabulary // _NUMBERS))
+
+
+def check_windows(windows: Tensor, logits: Logits) -> None:
+    """Raise a DataError unless ``windows`` are token ids (W, T) that the model knows, T at least 2."""
+    if windows.ndim != 2 or windows.is_floating_point() or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise DataError(
+            f"windows: {windows.dtype} of shape {tuple(windows.shape)}; give token ids (windows, tokens) with at least "
+            "one window of 2 tokens"
+        )
+    known = logits.embedding.shape[0] if logits.embedding else None
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or (known is not None and high >= known):
+        raise DataError(
+            f"windows: token ids {low} to {high}, but the model knows 0 to {known - 1 if known else '...'}; "
+            "use the tokenizer of this model"
+        )
