@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pennyweight.errors import ModelError, ShapeError
 from pennyweight.model import sites as find
 from pennyweight.model.roles import UNKNOWN, role_of
 from pennyweight.model.sites import Kind, Site
 from pennyweight.weights import Weight
+from pennyweight.weights.layers import CompactConv1d, CompactConv2d, CompactEmbedding, CompactLinear
 
 
 @dataclass(frozen=True)
@@ -128,21 +130,15 @@ def of(module: nn.Module) -> Anatomy:
 
 def _map(module: nn.Module, site: Site, blocks: Sequence[str]) -> Map:
     block = next((index for index, path in enumerate(blocks) if site.path.startswith(f"{path}.")), None)
-    relative = site.path if block is None else site.path[len(blocks[block]) + 1 :]
-    named = site.path if site.parameter == "weight" else f"{site.path}.{site.parameter}".lstrip(".")
     parent = module.get_submodule(site.path.rpartition(".")[0])
     role = role_of(
-        f"{relative}.{site.expert}.{site.parameter}"
-        if site.kind == "expert-stack"
-        else relative
-        if site.parameter == "weight"
-        else f"{relative}.{site.parameter}",
+        site.qualified if block is None else site.qualified[len(blocks[block]) + 1 :],
         kind=site.kind,
         siblings={name.lower() for name, _ in parent.named_children()},
         in_block=block is not None,
         beside_experts=find.has_experts_beside(module, site.path),
     )
-    name = f"{site.path}#{role}" if site.kind == "expert-stack" else named
+    name = f"{site.path}#{role}" if site.kind == "expert-stack" else site.qualified
     return Map(
         name=name,
         role=role,
@@ -198,45 +194,40 @@ def _tied(module: nn.Module, whole: Sequence[Map]) -> list[Map]:
 
 def _grouped(module: nn.Module, whole: Sequence[Map], blocks: Sequence[str]) -> list[Map]:
     """The same maps with their input groups."""
+    parallel = [_is_parallel(module.get_submodule(path)) for path in blocks]
+    keys = [found.name if found.block is None else _input_key(found, blocks, parallel) for found in whole]
     first: dict[str, str] = {}
-    keys = [_input_key(module, found, blocks) for found in whole]
     for key, found in zip(keys, whole, strict=True):
         first.setdefault(key, found.name)
     return [changed(found, input_group=first[key]) for key, found in zip(keys, whole, strict=True)]
 
 
-def _input_key(module: nn.Module, found: Map, blocks: Sequence[str]) -> str:
-    """What the map reads, in words that are equal for maps that read the same."""
-    if found.block is None:
-        return found.name
-    block = blocks[found.block]
-    above = found.path.rpartition(".")[0]
+def _input_key(found: Map, blocks: Sequence[str], parallel: Sequence[bool]) -> str:
+    """What a map in a block reads, in words that are equal for maps that read the same."""
+    assert found.block is not None
+    block, above = blocks[found.block], found.path.rpartition(".")[0]
     kind, _, part = found.role.rpartition(".")
     if kind == "cross_attention" and part in ("key", "value"):
         return f"{block.rpartition('.')[0]}: the other stream"  # every block of the stack attends to the same one
-    if kind in ("attention", "cross_attention") and part in ("query", "key", "value", "qkv", "query_down", "kv_down"):
-        return f"{block}: one norm" if _is_parallel(module, block) else f"{above}: {kind}"
-    if kind.startswith("moe.experts"):
-        return f"{block}: {kind}" if part in ("gate", "up", "gate_up") else found.name
+    if kind == "cross_attention" and part == "query":
+        return f"{above}: {kind}"
+    if kind == "attention" and part in ("query", "key", "value", "qkv", "query_down", "kv_down"):
+        return f"{block}: the one norm" if parallel[found.block] else f"{above}: {kind}"
+    if kind.startswith("moe.experts") and part in ("gate", "up", "gate_up"):
+        return f"{block}: {kind}"  # the rows routed to this expert
     if kind in ("ffn", "moe", "moe.shared") and part in ("gate", "up", "gate_up", "router"):
-        return f"{block}: one norm" if _is_parallel(module, block) else f"{block}: {_ffn_above(found)}"
+        # shared experts lie one level below the router that reads the same rows
+        mixture = above.rpartition(".")[0] if kind == "moe.shared" and part != "router" else above
+        return f"{block}: the one norm" if parallel[found.block] else f"{mixture}: ffn"
     return found.name
 
 
-def _ffn_above(found: Map) -> str:
-    """The module whose input a feed-forward map reads: the mixture around shared experts and routers, else its own."""
-    above = found.path.rpartition(".")[0]
-    return (
-        above.rpartition(".")[0]
-        if found.role.startswith("moe.shared.") and found.role != "moe.shared.router"
-        else above
-    )
-
-
-def _is_parallel(module: nn.Module, block: str) -> bool:
-    """Whether attention and feed-forward both read the output of the block's one norm."""
-    names = [name for name, layer in module.get_submodule(block).named_children() if find.is_norm(layer)]
-    return len(names) == 1
+def _is_parallel(block: nn.Module) -> bool:
+    """Whether attention and feed-forward both read the output of the block's one norm, which stands before both."""
+    names = [name.rpartition(".")[2].lower() for name, layer in block.named_modules() if find.is_norm(layer)]
+    # norms of queries, keys and latents lie inside the attention and say nothing of the residual stream
+    stream = [name for name in names if not name.startswith(("q", "k"))]
+    return len(stream) == 1 and ("input" in stream[0] or stream[0] in ("ln_1", "ln1", "norm1", "norm_1"))
 
 
 def _parts(module: nn.Module, found: Map) -> Iterator[Map]:
@@ -266,22 +257,23 @@ def _cuts(module: nn.Module, found: Map) -> list[tuple[str, int]]:
 
 def _stacked_heads(module: nn.Module, found: Map, rows: int) -> tuple[int, int, int] | None:
     """Rows of query, key and value where they are stacked in this order; None where heads are interleaved or unsure."""
-    leaf = found.parameter if found.parameter != "weight" else found.path.rpartition(".")[2].lower()
-    attention = module.get_submodule(found.path if found.parameter != "weight" else found.path.rpartition(".")[0])
-    thirds = (rows // 3, rows // 3, rows // 3) if rows == 3 * found.shape[1] else None
-    if leaf in ("in_proj_weight", "qkv", "wqkv") or (leaf == "c_attn" and found.kind == "conv1d-transposed"):
-        return thirds
+    above, _, leaf = found.name.rpartition(".")
+    attention = module.get_submodule(above)
+    leaf = leaf.lower()
+    if leaf in ("c_attn", "query_key_value") and hasattr(attention, "multi_query"):
+        # one key and one value head behind all query heads; otherwise q, k and v alternate, head by head or by groups
+        grouped = getattr(attention, "new_decoder_architecture", False)
+        width: int = getattr(attention, "head_dim", 0)
+        stacked = bool(attention.multi_query) and not grouped
+        return (rows - 2 * width, width, width) if stacked else None
+    if leaf in ("in_proj_weight", "qkv", "wqkv", "c_attn"):
+        return (rows // 3, rows // 3, rows // 3) if rows == 3 * found.shape[1] else None
     if leaf == "qkv_proj":
         config = getattr(attention, "config", None)
         heads, kv_heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
         if heads and kv_heads and rows % (heads + 2 * kv_heads) == 0:
             width = rows // (heads + 2 * kv_heads)
             return heads * width, kv_heads * width, kv_heads * width
-    if leaf == "query_key_value" and getattr(attention, "multi_query", False):
-        # one key and one value head behind the query heads, unless heads come in groups, each with its own
-        width = getattr(attention, "head_dim", 0)
-        if not getattr(attention, "new_decoder_architecture", False):
-            return rows - 2 * width, width, width
     return None
 
 
@@ -315,7 +307,8 @@ def replace(module: nn.Module, path: str, weight: Weight) -> None:
             f"{path or 'the model itself'}: no linear map lies there; `anatomy.of(model).layers()` lists them"
         )
     if not sites[path].replaceable:
-        remedy = "split the experts first" if sites[path].kind == "expert-stack" else "leave it dense"
+        stacked = sites[path].kind == "expert-stack"
+        remedy = "call model.experts.split_experts(model) first" if stacked else "leave it dense"
         raise ModelError(f"{path}: {type(module.get_submodule(path)).__name__} reads its tensors itself; {remedy}")
     if weight.shape != sites[path].shape:
         raise ShapeError(f"{path}: a weight of shape {weight.shape} for a layer of shape {sites[path].shape}")
@@ -323,23 +316,27 @@ def replace(module: nn.Module, path: str, weight: Weight) -> None:
     sharing = [
         site.path for site in sites.values() if site.replaceable and module.get_submodule(site.path).weight is old
     ]
-    made: dict[int, nn.Module] = {}
-    for other, layer in list(module.named_modules(remove_duplicate=False)):
-        if id(layer) not in made and other in sharing:
-            made[id(layer)] = _compact(layer, sites[other].kind, weight)
-    for other, layer in list(module.named_modules(remove_duplicate=False)):
+    made = {id(layer): _compact(layer, weight) for layer in map(module.get_submodule, sharing)}
+    for other, layer in list(module.named_modules(remove_duplicate=False)):  # a layer may hang in two places
         if id(layer) in made:
             module.set_submodule(other, made[id(layer)])
 
 
-def _compact(layer: nn.Module, kind: Kind, weight: Weight) -> nn.Module:
-    """The compact twin of ``layer``."""
-    from pennyweight.weights.layers import CompactEmbedding, CompactLinear
-
+def _compact(layer: nn.Module, weight: Weight) -> nn.Module:
+    """The compact twin of ``layer``, its bias shared; a layer that is compact already takes ``weight`` itself."""
     made: nn.Module
-    if kind == "embedding":
-        factor = find.embedding_factor(layer) if isinstance(layer, nn.Embedding) else layer.factor
-        made = CompactEmbedding(weight, padding_idx=layer.padding_idx, factor=factor)
-    else:
-        made = CompactLinear(weight, layer.bias)
+    match layer:
+        case nn.Embedding():
+            factor = find.embedding_factor(layer)
+            assert factor is not None, "not replaceable"
+            made = CompactEmbedding(weight, layer.padding_idx, factor, dtype=layer.weight.dtype)
+        case nn.Conv1d():
+            made = CompactConv1d.of(layer, weight)
+        case nn.Conv2d():
+            made = CompactConv2d.of(layer, weight)
+        case nn.Linear() | Conv1D():
+            made = CompactLinear(weight, layer.bias)
+        case _:
+            layer.weight = weight
+            made = layer
     return made.train(layer.training)

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pennyweight.weights import Weight
+from pennyweight.weights.layers import CompactConv1d, CompactConv2d, CompactEmbedding
 
 Kind = Literal["linear", "conv1d-transposed", "conv2d", "conv1d", "embedding", "expert-stack"]
 
@@ -28,6 +28,13 @@ class Site:
     shape: tuple[int, int]
     expert: int | None = None
     replaceable: bool = True
+
+    @property
+    def qualified(self) -> str:
+        """The path, and behind it what else is needed to tell the site from others in the same module."""
+        inner = [] if self.parameter == "weight" else [self.parameter]
+        inner = inner if self.expert is None else [str(self.expert), *inner]
+        return ".".join([self.path, *inner] if self.path else inner)
 
 
 def sites(module: nn.Module) -> Iterator[Site]:
@@ -45,7 +52,7 @@ def sites(module: nn.Module) -> Iterator[Site]:
 def _sites_of(path: str, layer: nn.Module, root: nn.Module) -> Iterator[Site]:
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Weight):
-        yield Site(path, "weight", compact_kind(layer), weight.shape)
+        yield Site(path, "weight", _compact_kind(layer), weight.shape)
     elif isinstance(layer, nn.MultiheadAttention):
         # its forward reads these tensors itself, so that no layer can stand in for them
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -82,20 +89,19 @@ def _matrix_shape(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[0], tensor.shape[1]
 
 
-def compact_kind(layer: nn.Module) -> Kind:
-    """The kind of a compact layer, which holds a `Weight`."""
-    kinds: dict[str, Kind] = {"CompactEmbedding": "embedding", "CompactConv2d": "conv2d", "CompactConv1d": "conv1d"}
-    return kinds.get(type(layer).__name__, "linear")
+def _compact_kind(layer: nn.Module) -> Kind:
+    if isinstance(layer, CompactEmbedding):
+        return "embedding"
+    return "conv2d" if isinstance(layer, CompactConv2d) else "conv1d" if isinstance(layer, CompactConv1d) else "linear"
 
 
 def embedding_factor(layer: nn.Embedding) -> float | None:
     """What the layer multiplies its rows by; None when it does more than look rows up and scale them."""
     if layer.max_norm is not None:
         return None
-    scale = getattr(layer, "embed_scale", None)
+    scale: Tensor | float | None = getattr(layer, "embed_scale", None)
     if scale is not None:
-        # rounded as the layer's own product rounds it
-        return float(torch.as_tensor(scale, dtype=torch.float32).to(layer.weight.dtype))
+        return float(scale)
     return 1.0 if type(layer).forward is nn.Embedding.forward else None
 
 
@@ -127,12 +133,13 @@ def is_norm(layer: nn.Module) -> bool:
 
 def bare(module: nn.Module, found: Sequence[Site]) -> Iterator[str]:
     """Names of parameters that vary along two or more dimensions and that no site, norm or compact form stands for."""
-    known = {f"{site.path}.{site.parameter}".lstrip(".") for site in found}
+    known = {".".join(filter(None, (site.path, site.parameter))) for site in found}
     compact = tuple(
         f"{path}." for path, layer in module.named_modules() if isinstance(getattr(layer, "weight", None), Weight)
     )
     for name, tensor in module.named_parameters(remove_duplicate=False):
-        if sum(size > 1 for size in tensor.shape) >= 2 and name not in known and not name.startswith(compact):
+        varies = sum(size > 1 for size in tensor.shape) >= 2 and not name.endswith("bias")
+        if varies and name not in known and not name.startswith(compact):
             yield name
 
 
