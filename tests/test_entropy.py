@@ -60,10 +60,12 @@ def test_a_damaged_stream_is_found_or_decodes_to_something_without_a_crash(at: i
     damaged = rans.Coded(words, coded.states, coded.lengths)
     if (words == coded.words).all():
         return
-    try:  # the code has no redundancy: other words may be another scan's, and a checksum is the file's business
-        assert (rans.decode(damaged, where, tables, native=native) != symbols).any()
-    except FormError as error:
-        assert "damaged" in str(error)
+    try:
+        found = rans.decode(damaged, where, tables, native=native)
+    except FormError:
+        return
+    # the code has no redundancy: other words may be another scan's, and telling them apart is the file's checksum's job
+    assert (found != symbols).any()
 
 
 def codes_of(seed: int, shape: tuple[int, int], spread: float) -> torch.Tensor:

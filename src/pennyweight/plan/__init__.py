@@ -1,1 +1,1 @@
-
+"""From budget to recipe."""
