@@ -42,6 +42,11 @@ def scale_values(scale: Tensor) -> Tensor:
     return torch.exp2((scale.double() - _MIDDLE) / _PER_OCTAVE).float()
 
 
+def contexts_for(shape: tuple[int, int]) -> int:
+    """How many probability tables codes of ``shape`` get: one for every 16,384, at least 1 and at most 16."""
+    return min(16, max(1, shape[0] * shape[1] // 16384))
+
+
 def _spreads(codes: Tensor) -> tuple[Tensor, Tensor]:
     """One byte a row and a column whose sum is the log-spread of a position: a rank-one fit of the squares."""
     squares = codes.float().square()
@@ -147,7 +152,7 @@ class EntropyCoded(Weight):
             raise FormError("EntropyCoded: the codes are not integers of at most 32 bits")
         small = whole.to(torch.int16) if int(whole.abs().max()) < 1 << 15 else whole
         row, column = _spreads(small)
-        number = contexts or min(16, max(1, codes.numel() // 16384))
+        number = contexts or contexts_for((codes.shape[0], codes.shape[1]))
         joint = (row.to(torch.int32)[:, None] + column.to(torch.int32)[None, :]).flatten()
         counts = joint.bincount(minlength=256).cumsum(0)
         shares = torch.arange(1, number) * joint.numel() // number

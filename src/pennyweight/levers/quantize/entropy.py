@@ -17,18 +17,21 @@ Shape letters: M out features, N in features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pennyweight.damage import Prediction, sample
 from pennyweight.errors import FormError, OptionError
 from pennyweight.lever import at_least, between, lever, option
 from pennyweight.statistics import Statistics
-from pennyweight.weights import Weight, check_finite
-from pennyweight.weights.entropy import EntropyCoded, scale_bytes, scale_values
+from pennyweight.weights import Cost, Weight, check_finite
+from pennyweight.weights.entropy import EntropyCoded, contexts_for, scale_bytes, scale_values
 
+_CURVE_ROWS = 192
 _TRIES = 6  # a secant on the log-step lands within half a percent in two or three
 
 
@@ -112,6 +115,51 @@ def round_columns(matrix: Tensor, metric: Metric, row: Tensor, column: Tensor, d
     return codes
 
 
+@dataclass(frozen=True)
+class _Curve:
+    """Stored bits a weight and damage at falling steps, interpolated where the damage is a power of the rate."""
+
+    steps: list[float]
+    bits: list[float]
+    damage: list[float]
+
+    @classmethod
+    def of(cls, weight: Weight, statistics: Statistics, damp: float, shrink: float, deadzone: float) -> _Curve:
+        metric = Metric.of(statistics, weight.shape, damp=damp, shrink=shrink)
+        part, part_statistics = sample(weight, replace(statistics, gradient=metric.rows), _CURVE_ROWS, seed=0)
+        matrix, rows = check_finite(part.dense().detach(), "weight").float(), part_statistics.gradient
+        assert rows is not None
+        share = matrix.shape[0] / weight.shape[0]
+        diagonal = metric.upper.diagonal()
+        whitened = matrix * rows.sqrt()[:, None] / diagonal
+        highest = 2.2 * float(whitened.square().mean().clamp_min(1e-30).sqrt())
+        fixed = 2 * sum(weight.shape) + weight.shape[0] * weight.shape[1] // 1024
+        curve = cls([], [], [])
+        for octave in range(9):
+            step = highest / 2**octave
+            x = whitened / step
+            codes = (x / (1 + deadzone / x.square().mean(0).clamp_min(1e-3))).round()
+            coded = EntropyCoded.encode(
+                codes.to(torch.int32), torch.zeros(len(codes), dtype=torch.uint8),
+                torch.zeros(codes.shape[1], dtype=torch.uint8), step=1.0, contexts=contexts_for(weight.shape),
+            )  # fmt: skip
+            scanned = coded.words.nbytes + coded.escapes.nbytes
+            curve.steps.append(step)
+            curve.bits.append(8 * (scanned / share + coded.tables.nbytes + fixed) / (weight.shape[0] * weight.shape[1]))
+            curve.damage.append(0.5 * step**2 * float((x - codes).double().square().sum()) / share)
+        return curve
+
+    def bits_at(self, step: float | None) -> float:
+        assert step is not None
+        return float(np.interp(-math.log2(step), [-math.log2(s) for s in self.steps], self.bits))
+
+    def damage_at(self, bits: float) -> float:
+        logs = [math.log2(max(d, 1e-300)) for d in self.damage]
+        if bits > self.bits[-1]:  # 6 dB a bit beyond the ladder
+            return float(2 ** (logs[-1] - 2 * (bits - self.bits[-1])))
+        return float(2 ** np.interp(bits, self.bits, logs))
+
+
 @lever(
     "quantize.entropy",
     reach="weight",
@@ -171,8 +219,30 @@ class Entropy:
         return EntropyCoded.encode(codes.round().to(torch.int32), row, column, step=unit)
 
     @classmethod
+    def predict(cls, settings: Sequence[Entropy], weight: Weight, statistics: Statistics) -> list[Prediction]:
+        """Predictions from plain rounding of some rows at a ladder of steps, read off at each rate.
+
+        The damage after error feedback is ``0.5 sum_ij g_i (e_ij / U_jj)^2`` over the rounding errors e themselves, so
+        rounding without feedback already tells it, up to what feedback does to the distribution that is rounded.
+        """
+        found: list[Prediction] = []
+        curves: dict[tuple[float, float, float], _Curve] = {}
+        for setting in settings:
+            key = (setting.damp, setting.shrink, setting.deadzone)
+            if key not in curves:
+                curves[key] = _Curve.of(weight, statistics, *key)
+            curve = curves[key]
+            bits = curve.bits_at(setting.step) if setting.bits is None else setting.bits
+            assert bits is not None
+            m, n = weight.shape
+            cost = Cost(params=m * n + m + n, bytes=int(bits * m * n / 8), flops=2 * m * n + m + n)
+            found.append(Prediction(setting, cost, curve.damage_at(bits)))
+        return found
+
+    @classmethod
     def candidates(cls, shape: tuple[int, int]) -> Iterator[Entropy]:
-        """Rates from 1.5 to 6 bits; small matrices, whose scales weigh more, start higher."""
-        for bits in (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 6.0):
+        """Rates from 1 to 8 bits, an eighth apart where it matters; small matrices start higher."""
+        for eighths in (*range(8, 32), *range(32, 48, 2), 48, 52, 56, 64):
+            bits = eighths / 8
             if 8 * 3 * sum(shape) < 0.25 * bits * shape[0] * shape[1]:
                 yield cls(bits=bits)
