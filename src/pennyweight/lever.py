@@ -11,6 +11,7 @@ This module imports no torch: listing the levers must stay cheap.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 import types
@@ -100,7 +101,7 @@ class Card:
     def options(self) -> tuple[Option, ...]:
         """Its options in order of declaration."""
         return tuple(
-            Option(f.name, str(f.type), f.default, f.metadata["check"].words, f.metadata["text"])
+            Option(f.name, _words(f.type), f.default, f.metadata["check"].words, f.metadata["text"])
             for f in dataclasses.fields(self.cls)
         )
 
@@ -133,14 +134,24 @@ def lever(
             assert "check" in f.metadata, f"{name}.{f.name}: declare it with option(...)"
         cls.lever_name = name  # type: ignore[attr-defined]
         _REGISTRY[name] = Card(name, cls, reach, row, frozenset(needs), paper)
-        checked = getattr(cls, "__post_init__", None)
+        # options are checked before the class's own __post_init__, so that it may rely on them; a dataclass calls that
+        # only when it was there while the class was made, and else nothing would be checked
+        made, own = vars(cls)["__init__"], getattr(cls, "__post_init__", None)
+
+        @functools.wraps(made)
+        def init(self: Any, *args: Any, **options: Any) -> None:
+            made(self, *args, **options)
+            _check_options(name, self)
 
         def post_init(self: Any) -> None:
             _check_options(name, self)
-            if checked is not None:
-                checked(self)
+            assert own is not None
+            own(self)
 
-        cls.__post_init__ = post_init  # type: ignore[attr-defined]
+        if own is None:
+            setattr(cls, "__init__", init)  # noqa: B010  (mypy: assigning to a method)
+        else:
+            setattr(cls, "__post_init__", post_init)  # noqa: B010
         return cls
 
     return register
@@ -151,9 +162,16 @@ def _check_options(name: str, instance: Any) -> None:
     for f in dataclasses.fields(instance):
         value, check = getattr(instance, f.name), f.metadata["check"]
         if not _is_a(value, hints[f.name]):
-            raise OptionError(f"{name}: {f.name} = {value!r} is a {type(value).__name__}; give {f.type}, {check.words}")
+            raise OptionError(
+                f"{name}: {f.name} = {value!r} is a {type(value).__name__}; give {_words(f.type)}, {check.words}"
+            )
         if value is not None and not check.allows(value):
             raise OptionError(f"{name}: {f.name} = {value!r} is out of range; give {check.words}")
+
+
+def _words(annotation: Any) -> str:
+    """``int``, ``int | None``: a field's type is text or the type itself, as its module annotates."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

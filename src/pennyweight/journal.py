@@ -1,0 +1,149 @@
+"""A journal of finished work, so that a run killed at any moment goes on where it was and ends the same.
+
+A run does its work in units (a block's statistics, a solved layer, a measurement). Each finished unit is one file,
+named by a hash of everything it depends on. It is written aside, synced and renamed: there whole, or not at all. A run
+that resumes asks for each unit first:
+
+    journal = Journal.beside(out, resume=resume)
+    key = journal.key("solve", layer=name, lever=recipe_hash, statistics=second_moment)
+    if journal.done(key):
+        unit = journal.load(key)
+    else:
+        unit = journal.store(key, {"codes": codes}, {"seconds": 1.2})
+    ...
+    journal.clear()  # at success
+
+`store` hands back what `load` would: a run that goes on from what it stored, and never from what it held in memory,
+ends bit-identical to one that was resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pennyweight.errors import OutputError
+from pennyweight.safe_write import output_errors, write_bytes
+
+_META = "pennyweight"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A finished unit of work.
+
+    Args:
+        tensors: what it made, by name.
+        meta: JSON-able facts beside the tensors.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """The finished units of one run, in a directory of their own.
+
+    Args:
+        directory: made when the first unit is stored.
+        resume: keep what an earlier run left; otherwise it is thrown away now.
+    """
+
+    def __init__(self, directory: str | Path, *, resume: bool = True) -> None:
+        self.directory = Path(directory)
+        if not resume:
+            self.clear()
+
+    @classmethod
+    def beside(cls, out: str | Path, *, resume: bool = True) -> Journal:
+        """The journal of the run that writes to ``out``: ``.NAME.journal`` beside it, so that ``out`` appears whole."""
+        out = Path(out).absolute()
+        return cls(out.parent / f".{out.name}.journal", resume=resume)
+
+    @staticmethod
+    def key(stage: str, /, **inputs: Any) -> str:
+        """The name of a unit: a hash of the stage and of everything the unit depends on.
+
+        Args:
+            stage: what kind of work.
+            inputs: JSON-able values, paths, and tensors (hashed by dtype, shape and bytes), nested as you like; the
+                order of keywords does not matter.
+        """
+        canonical = json.dumps({"stage": stage, **inputs}, sort_keys=True, default=_hashed, allow_nan=True)
+        return f"{stage}-{hashlib.sha256(canonical.encode()).hexdigest()[:32]}"
+
+    def done(self, key: str) -> bool:
+        """Whether the unit ``key`` is finished."""
+        return self._path(key).is_file()
+
+    def load(self, key: str) -> Unit:
+        """The unit ``key``.
+
+        Raises:
+            OutputError: it is not there, or the file was damaged after it was written.
+        """
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+            length = int.from_bytes(data[:8], "little")
+            meta = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_META])
+            return Unit(load_tensors(data), meta)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            raise OutputError(
+                f"{path}: this unit of the journal cannot be read ({' '.join(str(error).split())}); delete the file "
+                "and resume: only its work is done again"
+            ) from error
+
+    def store(
+        self, key: str, tensors: Mapping[str, Tensor] | None = None, meta: Mapping[str, Any] | None = None
+    ) -> Unit:
+        """Write the finished unit ``key`` and hand it back as `load` would; a kill leaves all of it or nothing.
+
+        Raises:
+            OutputError: a full or read-only disk.
+        """
+        # clones: safetensors refuses tensors that share memory, and a view would write its whole base
+        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in (tensors or {}).items()}
+        facts = json.dumps(dict(meta or {}), sort_keys=True)
+        write_bytes(self._path(key), save_tensors(held, metadata={_META: facts}))
+        return Unit(held, json.loads(facts))
+
+    def keys(self) -> Iterator[str]:
+        """Finished units, sorted by name."""
+        if self.directory.is_dir():
+            yield from sorted(p.stem for p in self.directory.glob("*.safetensors") if not p.name.startswith("."))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.keys())
+
+    def clear(self) -> None:
+        """Throw everything away, what killed runs left half-written too; call it when the results stand."""
+        with output_errors(self.directory):
+            if self.directory.exists():
+                shutil.rmtree(self.directory)
+
+    def _path(self, key: str) -> Path:
+        assert not key.startswith("."), key
+        assert "/" not in key, key
+        return self.directory / f"{key}.safetensors"
+
+
+def _hashed(value: Any) -> Any:
+    """What stands for ``value`` in a key, where JSON has nothing for it."""
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return [str(value.dtype), list(value.shape), hashlib.sha256(flat.numpy().data).hexdigest()]
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a journal key cannot hold a {type(value).__name__}; give JSON-able values and tensors")
