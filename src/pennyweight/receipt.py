@@ -2,8 +2,8 @@
 
 ``receipt.json`` names the model, the data and the recipe by hash; it holds every figure before and after with its
 interval, what was predicted beside what was measured, the certificate of the solver, the verdict of the floor, and each
-written file with its bytes and hash. What differs from run to run without changing the result (times, memory, the machine) lies
-in ``run``; `evidence_sha256` is the hash of everything else.
+written file with its bytes and hash. What differs from run to run without changing the result (times, memory, the
+machine) lies in ``run``; `evidence_sha256` is the hash of everything else.
 
 This module imports no torch.
 """
