@@ -1,0 +1,206 @@
+"""The verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pennyweight.cli import shelves
+
+app = typer.Typer(
+    name="pennyweight",
+    help="Fit any model to a budget, and prove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(shelves.claims, name="claims")
+app.add_typer(shelves.levers, name="levers")
+app.add_typer(shelves.laws, name="laws")
+app.add_typer(shelves.assets, name="assets")
+app.command()(shelves.rows)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, directory, GGUF file, or cached hub id.")]
+Data = Annotated[str, typer.Option(help="Text to calibrate and judge on: short name, file or folder.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there as JSON, too.")]
+Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
+Levers = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Levers to use: a,b only these; +c with the usual ones; -d without it."),
+]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option("--budget", metavar="LIMIT", help='"25%", "35MB", "params=90M", ...; may be given several times.'),
+]
+Floor = Annotated[str | None, typer.Option(metavar="BOUND", help='Least quality: "perplexity<=1.10x", "cosine>=0.99".')]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"pennyweight {installed('pennyweight')}")
+        raise typer.Exit
+
+
+@app.command()
+def measure(model: Model, data: Data = "wiki", seed: Seed = 0, json: Json = None) -> None:
+    """What a model costs and how good it is, with intervals."""
+    from pennyweight.cli.tables import emit
+    from pennyweight.measure.measurement import measure
+
+    found = measure(model, data, seed=seed)
+    print(found.table())
+    if json:
+        emit(found.to_json(), json)
+
+
+@app.command()
+def fit(
+    model: Model,
+    budget: Budgets = None,
+    floor: Floor = None,
+    data: Data = "wiki",
+    levers: Levers = None,
+    time: Annotated[str | None, typer.Option(metavar="DURATION", help='Time that repair may take: "10min".')] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the fitted model goes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict cost, quality, time and memory instead.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
+    overwrite: Overwrite = False,
+    repair: Annotated[
+        bool | None, typer.Option("--repair/--no-repair", help="Tune against the original after solving.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Fit a model to budgets and a floor: the main job."""
+    from pennyweight.cli import summary
+    from pennyweight.cli.progress import progress
+    from pennyweight.fit import fit
+
+    with progress() as report:
+        found = fit(
+            model, data=data, budgets=budget or (), floor=floor, levers=levers, time=time, out=out, dry_run=dry_run,
+            resume=resume, overwrite=overwrite, repair=repair, seed=seed, progress=report,
+        )  # fmt: skip
+    print(found if dry_run else summary.of(found.receipt, found.directory))
+
+
+@app.command()
+def plan(
+    model: Model,
+    budget: Budgets = None,
+    floor: Floor = None,
+    data: Data = "wiki",
+    levers: Levers = None,
+    seed: Seed = 0,
+) -> None:
+    """What a fit would do, cost and give: the same as fit --dry-run. For training runs see `laws`."""
+    from pennyweight.cli.progress import progress
+    from pennyweight.fit import fit
+
+    with progress() as report:
+        found = fit(
+            model, data=data, budgets=budget or (), floor=floor, levers=levers, dry_run=True, seed=seed, progress=report
+        )
+    print(found)
+
+
+@app.command()
+def apply(
+    model: Model,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.yaml.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model goes.")],
+    data: Data = "wiki",
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+) -> None:
+    """Run a given recipe."""
+    from pennyweight.apply import apply
+    from pennyweight.cli import summary
+    from pennyweight.cli.progress import progress
+
+    with progress() as report:
+        found = apply(model, recipe, data=data, out=out, overwrite=overwrite, seed=seed, progress=report)
+    print(summary.of(found.receipt, found.directory))
+
+
+@app.command()
+def compare(
+    model: Model,
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPES...", help="Recipe files or lever names.")],
+    budget: Budgets = None,
+    data: Data = "wiki",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where table and picture go.")] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Several levers or recipes on the same model at the same budget, in one table."""
+    from pennyweight.cli.progress import progress
+    from pennyweight.cli.tables import emit
+    from pennyweight.compare import compare
+
+    with progress() as report:
+        found = compare(model, recipes, budgets=budget or (), data=data, out=out, seed=seed, progress=report)
+    print(found.table())
+    if json:
+        emit(found.to_json(), json)
+
+
+@app.command()
+def frontier(
+    model: Model,
+    data: Data = "wiki",
+    levers: Levers = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where table and picture go.")] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """The whole curve of quality against bytes, from one measurement of sensitivity."""
+    from pennyweight.cli.progress import progress
+    from pennyweight.cli.tables import emit
+    from pennyweight.frontier import frontier
+
+    with progress() as report:
+        found = frontier(model, data=data, levers=levers, out=out, seed=seed, progress=report)
+    print(found.table())
+    if json:
+        emit(found.to_json(), json)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a fit.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original; else as the receipt names it.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Re-measure a fitted directory against its receipt; exit code 1 when it does not hold."""
+    from pennyweight.cli.progress import progress
+    from pennyweight.cli.tables import emit
+    from pennyweight.verify import verify
+
+    with progress() as report:
+        found = verify(directory, model=model, progress=report)
+    print(found.table())
+    if json:
+        emit(found.to_json(), json)
+    if not found.holds:
+        raise typer.Exit(1)
+
+
+def commands() -> dict[str, Any]:
+    """Every command by its words, as click has it: what documentation and tests walk over."""
+    root = typer.main.get_command(app)
+    found: dict[str, Any] = {}
+    for name, command in getattr(root, "commands", {}).items():
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {sub}": c for sub, c in inner.items()}
+    return found
