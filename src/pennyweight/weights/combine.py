@@ -26,7 +26,7 @@ def _same_shape(name: str, terms: tuple[Weight, ...]) -> tuple[int, int]:
 class Sum(Nested):
     """``W = W_1 + ... + W_k``, all of one shape (M, N).
 
-    Cost: that of its terms, and M*(k - 1) FLOPs a row for the additions.
+    Cost: that of its terms, and M*(k - 1) FLOPs a row for the additions. Exact where its terms are.
     """
 
     def __init__(self, *terms: Weight) -> None:
@@ -35,15 +35,18 @@ class Sum(Nested):
     def forward(self, x: Tensor) -> Tensor:
         return reduce(torch.add, (term.forward(x) for _, term in self.named_terms()))
 
+    def left(self, x: Tensor) -> Tensor:
+        return reduce(torch.add, (term.left(x) for _, term in self.named_terms()))
+
     def dense(self) -> Tensor:
-        return reduce(torch.add, (term.dense() for _, term in self.named_terms()))
+        return reduce(torch.add, (term.dense().to(self.dtype) for _, term in self.named_terms()))
 
     @property
     def T(self) -> Sum:
         return Sum(*(term.T for _, term in self.named_terms()))
 
     def rows(self, index: Tensor) -> Tensor:
-        return reduce(torch.add, (term.rows(index) for _, term in self.named_terms()))
+        return reduce(torch.add, (term.rows(index).to(self.dtype) for _, term in self.named_terms()))
 
     def cost(self) -> Cost:
         adding = Cost(flops=self.shape[0] * (len(self.terms) - 1))
@@ -57,7 +60,7 @@ class Product(Nested):
     Raises:
         ShapeError: neighbors that do not chain.
 
-    Cost: that of its terms.
+    Cost: that of its terms. Exact where its terms are.
     """
 
     def __init__(self, *terms: Weight) -> None:
@@ -69,8 +72,15 @@ class Product(Nested):
     def forward(self, x: Tensor) -> Tensor:
         return reduce(lambda found, named: named[1].forward(found), reversed(self.named_terms()), x)
 
+    def left(self, x: Tensor) -> Tensor:
+        return reduce(lambda found, named: named[1].left(found), self.named_terms(), x)
+
     def dense(self) -> Tensor:
-        return reduce(torch.matmul, (term.dense() for _, term in self.named_terms()))
+        *rest, (_, last) = self.named_terms()
+        found = last.dense().to(self.dtype)
+        for _, term in reversed(rest):
+            found = term.forward(found.T).T  # as the form computes best: a permutation multiplies nothing
+        return found
 
     @property
     def T(self) -> Product:
@@ -78,10 +88,7 @@ class Product(Nested):
 
     def rows(self, index: Tensor) -> Tensor:
         (_, first), *rest = self.named_terms()
-        found = first.rows(index)
-        for _, term in rest:
-            found = term.T(found)  # r @ W = (W^T as a weight)(r)
-        return found
+        return reduce(lambda found, named: named[1].left(found), rest, first.rows(index).to(self.dtype))
 
     def cost(self) -> Cost:
         return reduce(Cost.__add__, (term.cost() for _, term in self.named_terms()), Cost())
@@ -91,7 +98,8 @@ class Product(Nested):
 class Hadamard(Nested):
     """``W = W_1 * ... * W_k`` elementwise, all of one shape (M, N); for masks and learned gains.
 
-    Cost: that of its terms, with the FLOPs of making the matrix (M*N*(k - 1), once a call) counted a row.
+    Cost: parameters and bytes of its terms; 2*M*N FLOPs a row, the matrix being made once a call. Exact where its terms
+    are.
     """
 
     def __init__(self, *terms: Weight) -> None:
@@ -101,16 +109,15 @@ class Hadamard(Nested):
         return x @ self.dense().T.to(x.dtype)
 
     def dense(self) -> Tensor:
-        return reduce(torch.mul, (term.dense() for _, term in self.named_terms()))
+        return reduce(torch.mul, (term.dense().to(self.dtype) for _, term in self.named_terms()))
 
     @property
     def T(self) -> Hadamard:
         return Hadamard(*(term.T for _, term in self.named_terms()))
 
     def rows(self, index: Tensor) -> Tensor:
-        return reduce(torch.mul, (term.rows(index) for _, term in self.named_terms()))
+        return reduce(torch.mul, (term.rows(index).to(self.dtype) for _, term in self.named_terms()))
 
     def cost(self) -> Cost:
-        count = self.shape[0] * self.shape[1]
         inner = reduce(Cost.__add__, (term.cost() for _, term in self.named_terms()), Cost())
-        return Cost(inner.params, inner.bytes, 2 * count + count * (len(self.terms) - 1))
+        return Cost(inner.params, inner.bytes, 2 * self.shape[0] * self.shape[1])

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pennyweight.errors import ShapeError
-from pennyweight.weights.weight import Cost, Weight, form
+from pennyweight.errors import FormError, ShapeError
+from pennyweight.weights.weight import Cost, Weight, check_finite, form
 
 
 @form("dense")
@@ -16,7 +16,10 @@ class Dense(Weight):
     """A matrix kept as it is.
 
     Args:
-        matrix: (M, N), floating point.
+        matrix: (M, N), floating point of at least 16 bits; a parameter keeps its identity, so tied layers stay tied.
+
+    Raises:
+        FormError: NaN or infinity, or whole numbers.
 
     Cost: M*N parameters, 2*M*N FLOPs a row.
     """
@@ -26,8 +29,11 @@ class Dense(Weight):
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2:
             raise ShapeError(f"Dense: a tensor of shape {tuple(matrix.shape)} is not a matrix; give (out, in)")
+        if not matrix.is_floating_point() or matrix.element_size() < 2:
+            raise FormError(f"Dense: matrix is {matrix.dtype}; give 16, 32 or 64 bits of floating point")
         super().__init__(shape=(matrix.shape[0], matrix.shape[1]))
-        # nn.Parameter(Parameter) keeps identity, so tied layers stay tied
+        check_finite(matrix, "Dense: matrix")
+        # nn.Parameter(parameter) would make another one
         self.matrix = matrix if isinstance(matrix, nn.Parameter) else nn.Parameter(matrix)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -122,6 +122,8 @@ class EntropyCoded(Weight):
         super().__init__(shape=(columns, rows) if transposed else (rows, columns))
         if row_spread.numel() != rows or column_spread.numel() != columns:
             raise ShapeError(f"EntropyCoded: spreads do not fit scales of {rows} rows and {columns} columns")
+        if any(t.ndim != 1 for t in (words, escapes, row_scale, column_scale, row_spread, column_spread)):
+            raise ShapeError("EntropyCoded: stream, escapes, scales and spreads are vectors; the file is damaged")
         if tables.ndim != 2 or len(tables) != len(edges) + 1 or not 2 <= tables.shape[1] <= _WIDEST + 1:
             raise FormError(f"EntropyCoded: tables {tuple(tables.shape)} do not fit {len(edges)} edges")
         self.step, self.lowest, self.edges, self.transposed = float(step), int(lowest), list(edges), transposed
@@ -182,6 +184,9 @@ class EntropyCoded(Weight):
         )
 
     def _decode(self) -> Tensor:
+        if self.words.device.type == "meta":
+            rows, columns = self.row_spread.numel(), self.column_spread.numel()
+            return torch.empty(rows, columns, dtype=torch.int8, device="meta")
         where = _contexts(self.row_spread.cpu(), self.column_spread.cpu(), self.edges)
         lanes = self.lanes.cpu().contiguous().numpy()
         if lanes.ndim != 2 or lanes.shape[1:] != (8,) or self.words.numel() % 2:
@@ -230,7 +235,7 @@ class EntropyCoded(Weight):
         if self.transposed:
             return self.dense()[index]
         flat = index.flatten()
-        return self._matrix(self.codes[flat], self._scales()[0][flat]).view(*index.shape, -1)
+        return self._matrix(self.codes[flat], self._scales()[0][flat]).view(*index.shape, self.shape[1])
 
     @property
     def T(self) -> EntropyCoded:

@@ -155,11 +155,11 @@ class Grid:
             raise OptionError(f"Grid.fit: search {search}; give 0 (minimum to maximum) or more")
         check_finite(matrix, "Grid.fit: matrix")
         x = matrix.detach().float()
-        weight = _importance(importance, x)
+        weight = check_importance(importance, x, "Grid.fit")
         if per_tensor:
             x = x.reshape(1, -1)
             weight = None if weight is None else weight.expand(matrix.shape).reshape(1, -1)
-        groups, weights = _grouped(x, weight, group_size)
+        groups, weights = grouped(x, weight, group_size)
         fitting = _Fit(bits, kind, format, scale_dtype, groups, weights)
         scale, zero = fitting.range(1.0)
         if search:
@@ -193,6 +193,10 @@ class Grid:
         level = _levels(_split(codes, scale), zero, self.bits, self.zero_kind, self.format)
         return _entries(level, scale, zero, self.zero_kind).reshape(codes.shape)
 
+    def _times(self, entries: Tensor) -> Tensor:
+        scale, _ = self._spread(entries.shape[1], 0)
+        return _entries(_split(entries, scale), scale, None, "none").reshape(entries.shape)
+
     def _spread(self, width: int, start: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero that broadcast against the output of `_split`: by group where groups fit, else by column."""
         if self.group_size is None:
@@ -202,8 +206,16 @@ class Grid:
         return self.columns(start, start + width)
 
 
+def scaled(entries: Tensor, scale: Tensor, group_size: int | None) -> Tensor:
+    """``entries`` (M, N), each times the ``scale`` (M, G) of its group; at least float32."""
+    return Grid(8, group_size, scale, None, "none")._times(entries)
+
+
 def _split(entries: Tensor, scale: Tensor) -> Tensor:
-    return entries.reshape(entries.shape[0], scale.shape[1], -1) if scale.ndim == 3 else entries
+    if scale.ndim == 2:
+        return entries
+    rows, columns = entries.shape
+    return entries.reshape(rows, scale.shape[1], columns // scale.shape[1])
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -254,21 +266,22 @@ def _nearest_float(level: Tensor, format: str) -> Tensor:
     return torch.where(codes[low] % 2 == 0, codes[low], codes[high]).to(torch.uint8)
 
 
-def _importance(importance: Tensor | None, x: Tensor) -> Tensor | None:
+def check_importance(importance: Tensor | None, x: Tensor, where: str) -> Tensor | None:
+    """``importance`` as float32 of the shape of ``x`` (M, N), or an error that says what is wrong with it."""
     if importance is None:
         return None
     if importance.shape not in (x.shape, x.shape[1:]):
         raise ShapeError(
-            f"Grid.fit: importance of shape {tuple(importance.shape)} for a matrix {tuple(x.shape)}; "
+            f"{where}: importance of shape {tuple(importance.shape)} for a matrix {tuple(x.shape)}; "
             f"give ({x.shape[1]},) or {tuple(x.shape)}"
         )
-    check_finite(importance, "Grid.fit: importance")
+    check_finite(importance, f"{where}: importance")
     if bool((importance < 0).any()):
-        raise FormError("Grid.fit: importance has negative entries; give weights of a squared error, at least 0")
+        raise FormError(f"{where}: importance has negative entries; give weights of a squared error, at least 0")
     return importance.detach().float().expand_as(x)
 
 
-def _grouped(x: Tensor, weight: Tensor | None, group_size: int | None) -> tuple[Tensor, Tensor]:
+def grouped(x: Tensor, weight: Tensor | None, group_size: int | None) -> tuple[Tensor, Tensor]:
     """(M, G, S) entries and weights; a short last group is filled with its own last entry, at weight zero."""
     count = group_count(x.shape[1], group_size)
     size = x.shape[1] if group_size is None else group_size

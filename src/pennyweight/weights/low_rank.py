@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pennyweight.errors import ShapeError
-from pennyweight.weights.weight import Cost, Weight, form
+from pennyweight.errors import OptionError, ShapeError
+from pennyweight.weights.weight import Cost, Weight, check_finite, form
 
 
 @form("low_rank")
@@ -25,6 +25,7 @@ class LowRank(Weight):
 
     Raises:
         ShapeError: the factors share no rank.
+        FormError: NaN or infinity.
 
     Cost: R*(M + N) parameters, 2*R*(M + N) FLOPs a row of input. Exact when R reaches the rank of the matrix it stands
     for, up to rounding in its dtype.
@@ -38,11 +39,17 @@ class LowRank(Weight):
                 f"LowRank: up {tuple(up.shape)} and down {tuple(down.shape)} share no rank; give (M, R) and (R, N)"
             )
         super().__init__(shape=(up.shape[0], down.shape[1]))
-        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
+        check_finite(up, "LowRank: up")
+        check_finite(down, "LowRank: down")
+        self.up = up if isinstance(up, nn.Parameter) else nn.Parameter(up)
+        self.down = down if isinstance(down, nn.Parameter) else nn.Parameter(down)
 
     @classmethod
     def nearest(cls, matrix: Tensor, rank: int) -> LowRank:
-        """The rank-``rank`` weight nearest to ``matrix`` (M, N) in the Frobenius norm."""
+        """The weight of rank ``rank`` nearest to ``matrix`` (M, N) in the Frobenius norm; all of it past its rank."""
+        if rank < 0:
+            raise OptionError(f"LowRank.nearest: rank {rank}; give 0 (nothing) to {min(matrix.shape)} (all of it)")
+        check_finite(matrix, "LowRank.nearest: matrix")
         # in double: float32 loses singular values below 1e-7 of the largest, and `rank` may reach that far
         left, singular, right = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
         root = singular[:rank].sqrt()  # shared evenly, so that neither factor overflows a 16-bit dtype
@@ -52,15 +59,18 @@ class LowRank(Weight):
         return x @ self.down.T.to(x.dtype) @ self.up.T.to(x.dtype)
 
     def dense(self) -> Tensor:
-        return self.up @ self.down
+        return self.up.to(self.dtype) @ self.down.to(self.dtype)
+
+    def left(self, x: Tensor) -> Tensor:
+        return x @ self.up.to(x.dtype) @ self.down.to(x.dtype)
 
     @property
     def T(self) -> LowRank:
         return LowRank(self.down.T, self.up.T)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self.up[index] @ self.down
+        return self.up[index].to(self.dtype) @ self.down.to(self.dtype)
 
     def cost(self) -> Cost:
         params = self.up.numel() + self.down.numel()
-        return Cost(params=params, bytes=params * self.up.element_size(), flops=2 * params)
+        return Cost(params=params, bytes=self.up.nbytes + self.down.nbytes, flops=2 * params)

@@ -32,7 +32,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.to(torch.uint8).contiguous()
     columns = codes.shape[-1]
     words = torch.nn.functional.pad(codes, (0, -columns % 8))
-    words = words.view(*words.shape[:-1], -1, 8)
+    words = words.view(*words.shape[:-1], words.shape[-1] // 8, 8)
     # eight codes make `bits` whole bytes, at most 56 bits: they fit one signed word
     word = torch.zeros(words.shape[:-1], dtype=torch.int64, device=codes.device)
     for place in range(8):
@@ -62,7 +62,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 def unpack_words(packed: Tensor, bits: int, columns: int) -> Tensor:
     """`unpack` for every width below 8, eight codes a word: the plain twin of the way within bytes."""
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits))
-    bytes_ = padded.view(*padded.shape[:-1], -1, bits)
+    bytes_ = padded.view(*padded.shape[:-1], padded.shape[-1] // bits, bits)
     word = torch.zeros(bytes_.shape[:-1], dtype=torch.int64, device=packed.device)
     for byte in range(bits):
         word |= bytes_[..., byte].to(torch.int64) << (8 * byte)

@@ -199,7 +199,8 @@ class Quantized(Weight):
         """(M, N) uint8."""
         return unpack(self.packed, self.bits, self.shape[1])
 
-    def _dtype(self) -> torch.dtype | None:
+    @property
+    def dtype(self) -> torch.dtype:
         return torch.promote_types(self.scale.dtype, torch.float32)  # as `grid` computes
 
     def forward(self, x: Tensor) -> Tensor:

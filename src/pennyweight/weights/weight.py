@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pennyweight.errors import FormError, ShapeError
+from pennyweight.errors import FormError, ShapeError, UserError
 
 _FORMS: dict[str, type[Weight]] = {}
 FormType = TypeVar("FormType", bound="type[Weight]")
@@ -30,7 +30,9 @@ class Cost:
     Attributes:
         params: stored numbers that stand for the matrix (codes, values, factors, scales; not indices).
         bytes: bytes of the stored tensors, as a safetensors file holds them (its header not counted).
-        flops: floating-point operations for one row of input, a multiply-add counted as two.
+        flops: floating-point operations that one more row of input costs as `Weight.forward` runs it: a multiply-add
+            in a matrix product counts two, an addition or multiplication of entries one. What a call does once for
+            all of its rows (unpacking, filling zeros in, making a matrix) is not counted.
     """
 
     params: int = 0
@@ -70,6 +72,8 @@ class Weight(nn.Module, abc.ABC):
     tensors: ClassVar[tuple[str, ...]] = ()
     #: Names of constructor arguments that are weights (one each), in order; a None is left out.
     parts: ClassVar[tuple[str, ...]] = ()
+    #: Whether it computes alike in every dtype, holding no floating tensor: combinators then follow their other terms.
+    any_dtype: ClassVar[bool] = False
 
     def __init__(self, *, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -88,7 +92,10 @@ class Weight(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def T(self) -> Weight:
-        """The transposed weight (N, M), in a compact form as well, sharing tensors where it can."""
+        """The transposed weight (N, M), in a compact form as well, sharing memory where it can.
+
+        What it trains are its own parameters; for gradients into this weight use `left`.
+        """
 
     @abc.abstractmethod
     def cost(self) -> Cost:
@@ -115,14 +122,10 @@ class Weight(nn.Module, abc.ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that `dense` returns: the widest of its tensors and parts, float32 where none is floating."""
-        return self._dtype() or torch.float32
-
-    def _dtype(self) -> torch.dtype | None:
-        """As `dtype`, or None where no tensor is floating: such a form follows its neighbors."""
         own = (t.dtype for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
         found = [dtype for dtype in own if dtype.is_floating_point]
-        found += [dtype for _, part in self.named_parts() if (dtype := part._dtype()) is not None]
-        return reduce(torch.promote_types, found) if found else None
+        found += [part.dtype for _, part in self.named_parts() if not part.any_dtype]
+        return reduce(torch.promote_types, found) if found else torch.float32
 
     def named_parts(self) -> list[tuple[str, Weight]]:
         """The weights it is made of, by the prefix that they have in its state dict."""
@@ -198,30 +201,39 @@ def rebuild(found: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str 
         FormError: an unknown form, a missing tensor, or settings the form does not take.
     """
     name = found.get("form") if isinstance(found, Mapping) else None
-    if name not in _FORMS:
+    if not isinstance(name, str) or name not in _FORMS:
         raise FormError(f"{where}: unknown form {name!r}; this version knows {', '.join(forms())}")
     cls = _FORMS[name]
     settings = {key: value for key, value in found.items() if key not in ("form", "tensors", "parts")}
+    held, parts = found.get("tensors", cls.tensors), found.get("parts", {})
+    if not isinstance(held, (list, tuple)) or not isinstance(parts, Mapping):
+        raise FormError(
+            f"{where}: form {name!r} wants a list of tensors and a table of parts; the structure is damaged"
+        )
     own = {}
-    for key in found.get("tensors", cls.tensors):
+    for key in held:
         if key not in tensors:
             raise FormError(f"{where}: form {name!r} needs a tensor {key!r} that the file does not hold")
         own[key] = tensors[key]
     inner = {}
-    for key, part in found.get("parts", {}).items():
+    for key, part in parts.items():
         prefix = f"{key}."
         below = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         inner[key] = rebuild(part, below, f"{where}.{key}")
     try:
         return cls.build(settings, own, inner)
-    except (TypeError, KeyError, RuntimeError, IndexError) as error:
+    except UserError as error:
+        raise type(error)(f"{where}: {error}") from None
+    except (TypeError, KeyError, RuntimeError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
         raise FormError(f"{where}: form {name!r} cannot be built from what the file holds: {error}") from error
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:
     """``tensor`` itself, or a FormError that names it when it holds NaN or infinity."""
+    if tensor.device.type == "meta" or not tensor.is_floating_point():
+        return tensor
     # a sum is NaN or infinite exactly when an element is, or when finite elements overflow: only then look closer
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
         wrong = int((~torch.isfinite(tensor)).sum())
         if wrong:
             raise FormError(f"{name}: {wrong} of {tensor.numel()} values are NaN or infinite; mend the checkpoint")
@@ -230,7 +242,9 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
 
 def stored_bytes(weight: nn.Module) -> int:
     """Bytes of the tensors in the state dict, a tensor held twice counted once."""
-    seen: dict[tuple[int, int, tuple[int, ...]], int] = {}
+    seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], int] = {}
     for tensor in weight.state_dict().values():
-        seen[(tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))] = tensor.nbytes
+        # the storage itself, not its address: on the meta device every address is 0
+        storage = tensor.untyped_storage()._cdata
+        seen[(storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())] = tensor.nbytes
     return sum(seen.values())
