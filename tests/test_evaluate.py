@@ -21,7 +21,7 @@ from pennyweight.errors import DataError, ModelError, ShapeError
 from pennyweight.evaluate import logits as chunked
 from pennyweight.evaluate.accuracy import correct, predictions
 from pennyweight.evaluate.agreement import agreement
-from pennyweight.evaluate.embedding import cosines, embed, pool
+from pennyweight.evaluate.embedding import cosines, embed, embed_windows, pool
 from pennyweight.evaluate.perplexity import perplexity, token_losses
 from pennyweight.model import anatomy
 from pennyweight.weights import LowRank
@@ -312,6 +312,16 @@ def test_embeddings_come_in_the_order_asked_and_are_cut(encoder):
     torch.testing.assert_close(
         embed(encoder, Letters(), SENTENCES, length=3)[1], embed(encoder, Letters(), [SENTENCES[1][:3]])[0]
     )
+
+
+def test_embeddings_of_windows_are_those_of_sentences(encoder):
+    windows = torch.randint(0, VOCABULARY, (5, 7), generator=torch.Generator().manual_seed(2))
+    seen = []
+    found = embed_windows(encoder, windows, batch=2, report=lambda done, of: seen.append((done, of)))
+    with torch.no_grad():
+        means = encoder(windows).last_hidden_state.mean(1)
+    torch.testing.assert_close(found, nn.functional.normalize(means, dim=-1), rtol=1e-4, atol=1e-5)
+    assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_pooling_reads_nothing_of_the_padding():

@@ -215,6 +215,7 @@ def test_numbers_of_a_llama_by_hand():
         assert found.flops_per_token == 2 * linear + 2 * 101 * 16
         assert found.kv_bytes_per_token == 2 * 2 * 8 * 4  # two layers, key and value, two heads of four, float32
         assert found.attention_flops(10) == 10 * 2 * 4 * 16
+        assert found.bytes_read_per_token == 4 * (linear + 5 * 16 + 101 * 16 + 16)  # of the table one row
         assert found.bytes_bf16 == 2 * found.params_total
         assert found.activation_bytes_per_token == 4 * (16 + 101)
 
@@ -228,6 +229,13 @@ def test_the_cache_takes_what_a_longer_run_keeps(build):
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert found.kv_bytes(length) == kept
     assert found.kv_bytes(0) == 0
+
+
+def test_decoding_reads_the_experts_it_chooses():
+    found = cost(make(mixtral))
+    experts = [layer for layer in found.layers if layer.role.startswith("moe.experts")]
+    assert sum(layer.bytes_read for layer in experts) * 2 == sum(layer.bytes for layer in experts)  # two of four
+    assert found.bytes_read_per_token == found.bytes - sum(layer.bytes for layer in experts) / 2 - 4 * 100 * 16
 
 
 def test_a_window_bounds_attention_and_cache():

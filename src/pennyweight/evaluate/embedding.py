@@ -4,19 +4,19 @@ The embedding is the mean of the last hidden states over the tokens that are not
 sentence-transformers family of MiniLM encoders does it. Source: N. Reimers and I. Gurevych, "Sentence-BERT: Sentence
 Embeddings using Siamese BERT-Networks", 2019.
 
-Shape letters: S sentences, T tokens, D width.
+Shape letters: S sentences, W windows, T tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import DataError, ModelError, ShapeError
-from pennyweight.evaluate.forward import accepts, device_of, first_tensor, looking
+from pennyweight.evaluate.forward import accepts, device_of, first_tensor, looking, run
 
 
 def embed(
@@ -53,13 +53,26 @@ def embed(
             inputs = {name: ids.to(device_of(module)) for name, ids in tokens.items() if accepts(module, name)}
             states = first_tensor(module(**inputs), "last_hidden_state")
             found.append(pool(states, tokens["attention_mask"]).cpu())
-    vectors = torch.cat(found)[torch.tensor(order).argsort()]
-    wrong = ~torch.isfinite(vectors).all(-1)
-    if wrong.any():
-        raise ModelError(
-            f"sentence {int(wrong.nonzero()[0])}: its embedding is not finite; the model's outputs are broken"
-        )
-    return vectors
+    return _finite(torch.cat(found)[torch.tensor(order).argsort()], "sentence")
+
+
+def embed_windows(
+    module: nn.Module,
+    windows: Tensor,
+    *,
+    batch: int = 16,
+    dtype: torch.dtype | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The embeddings (W, D) of windows of token ids (W, T) without padding; otherwise as `embed`."""
+    found: list[Tensor] = []
+    with looking(module, dtype):
+        for start in range(0, len(windows), batch):
+            ids = windows[start : start + batch].to(device_of(module))
+            found.append(pool(first_tensor(run(module, ids), "last_hidden_state"), torch.ones_like(ids)).cpu())
+            if report is not None:
+                report(start + len(ids), len(windows))
+    return _finite(torch.cat(found), "window")
 
 
 def pool(states: Tensor, mask: Tensor) -> Tensor:
@@ -76,3 +89,12 @@ def cosines(original: Tensor, other: Tensor) -> Tensor:
     if original.shape != other.shape:
         raise ShapeError(f"cosines: embeddings of shapes {tuple(original.shape)} and {tuple(other.shape)}; give equals")
     return nn.functional.cosine_similarity(original.double(), other.double(), dim=-1)
+
+
+def _finite(vectors: Tensor, what: str) -> Tensor:
+    wrong = ~torch.isfinite(vectors).all(-1)
+    if wrong.any():
+        raise ModelError(
+            f"{what} {int(wrong.nonzero()[0])}: its embedding is not finite; the model's outputs are broken"
+        )
+    return vectors

@@ -20,7 +20,7 @@ from pennyweight.measure import probe
 from pennyweight.model import anatomy
 from pennyweight.model.anatomy import Anatomy, Map
 from pennyweight.model.model import Model, bf16_bytes, parameters
-from pennyweight.weights import Weight, stored_bytes
+from pennyweight.weights import Cost, Weight, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class LayerCost:
         rows: input rows for one unit (a token, an image); None where the model was not run.
         flops: of those rows; None where the model was not run.
         once: whether it runs once a sequence, however long; its rows and FLOPs are then those of a sequence.
+        bytes_read: of its stored bytes for one unit alone, tied or not: a table its rows, a stack its chosen experts.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerCost:
     rows: float | None
     flops: float | None
     once: bool
+    bytes_read: float | None
 
     @property
     def bits_per_weight(self) -> float:
@@ -97,6 +99,8 @@ class ModelCost:
         params_total: all stored numbers; a tied tensor once.
         params_dense: what the same maps would count as plain matrices, in total.
         bytes: of all stored tensors, a tied one once: what a saved file holds but for headers and ``weights.json``.
+        bytes_read_per_token: of all stored tensors for one unit alone, what decoding reads for each token; None where
+            the model was not run.
         bytes_bf16: the reference size, 2 bytes for each of ``params_dense``.
         flops_per_token: of the layers for one ``unit``, without attention; None where the model was not run.
         flops_per_sequence: of the layers that run once a sequence (a pooler).
@@ -113,6 +117,7 @@ class ModelCost:
     params_total: int
     params_dense: int
     bytes: int
+    bytes_read_per_token: float | None
     bytes_bf16: int
     flops_per_token: float | None
     flops_per_sequence: float | None
@@ -158,13 +163,15 @@ def cost(model: Model | nn.Module, *, inputs: probe.Inputs | None = None) -> Mod
     seen = probe.watch(module, found, sample) if sample else None
     layers = tuple(_layer(module, layer, sample, seen) for layer in found.whole)
     total = _stored_numbers(module, set())
+    stored = stored_bytes(module)
     tables = [map_.kind == "embedding" or map_ == found.head for map_ in found.whole]
     return ModelCost(
         unit=sample.unit if sample else "sample",
         params=total - sum(layer.params for layer, table in zip(layers, tables, strict=True) if table),
         params_total=total,
         params_dense=parameters(module),
-        bytes=stored_bytes(module),
+        bytes=stored,
+        bytes_read_per_token=_bytes_read(layers, stored) if seen else None,
         bytes_bf16=bf16_bytes(module),
         flops_per_token=sum(layer.flops or 0 for layer in layers if not layer.once) if seen else None,
         flops_per_sequence=sum(layer.flops or 0 for layer in layers if layer.once) if seen else None,
@@ -190,13 +197,10 @@ def _layer(module: nn.Module, found: Map, sample: probe.Sample | None, seen: pro
     held, bias = getattr(layer, found.parameter), getattr(layer, "bias", None)
     own = bias if isinstance(bias, Tensor) and found.parameter == "weight" else None
     params, stored = (own.numel(), own.nbytes) if own is not None else (0, 0)
-    flops = 2 * found.shape[0] * found.shape[1]
-    if isinstance(held, Weight):
-        costs = held.cost()
-        flops = costs.flops
+    count = found.shape[0] * found.shape[1]
+    costs = held.cost() if isinstance(held, Weight) else Cost(count, count * held.element_size(), 2 * count)
     if found.tied_to is None:
-        params += costs.params if isinstance(held, Weight) else found.shape[0] * found.shape[1]
-        stored += costs.bytes if isinstance(held, Weight) else found.shape[0] * found.shape[1] * held.element_size()
+        params, stored = params + costs.params, stored + costs.bytes
     rows = _rows(module, found, sample, seen)
     # poolers see one of eight tokens; so may an expert, by the choice of its router
     once = rows is not None and sample is not None and sample.count > 1 and rows * sample.count == 1
@@ -210,9 +214,19 @@ def _layer(module: nn.Module, found: Map, sample: probe.Sample | None, seen: pro
         params=params,
         bytes=stored,
         rows=None if rows is None else _exact(rows),
-        flops=None if rows is None else _exact(rows * (0 if found.kind == "embedding" else flops)),
+        flops=None if rows is None else _exact(rows * (0 if found.kind == "embedding" else costs.flops)),
         once=once,
+        bytes_read=None if rows is None else _exact(_read(found, rows, costs.bytes)),
     )
+
+
+def _read(found: Map, rows: Fraction, stored: int) -> Fraction:
+    return min(Fraction(1), rows / found.shape[0] if found.kind == "embedding" else rows) * stored
+
+
+def _bytes_read(layers: Sequence[LayerCost], stored: int) -> float:
+    """That of the layers, and all that lies outside them."""
+    return sum(layer.bytes_read or 0 for layer in layers) + stored - sum(layer.bytes for layer in layers)
 
 
 def _rows(module: nn.Module, found: Map, sample: probe.Sample | None, seen: probe.Seen | None) -> Fraction | None:
