@@ -117,7 +117,7 @@ def test_one_byte_over_is_never_a_hundred_percent():
         return Outline(report.page(data)).text.replace(THIN, " ")
 
     assert "100.0 %0 bytes to spare" in used(250_000_000)
-    assert "100.0000004 %1 bytes over it" in used(250_000_001)
+    assert "100.0000004 %1 byte over it" in used(250_000_001)
     assert "100.001 %" in used(250_003_000)
     assert "99.999 %" in used(249_997_500)
 

@@ -106,7 +106,7 @@ def _figures(data: ReportData) -> Iterator[str]:
         yield figure("bits a weight", f"{bits_per_weight(data.cells):.2f}", f"{params}, scales included")
     if data.budget_bytes:
         left = data.budget_bytes - data.fitted_bytes
-        spare = f"{number(left)} bytes to spare" if left >= 0 else f"{number(-left)} bytes over it"
+        spare = f"{number(abs(left))} byte{'s' * (abs(left) != 1)} {'to spare' if left >= 0 else 'over it'}"
         yield figure(f"of the budget, {data.budget}", _used(data.fitted_bytes / data.budget_bytes), spare)
 
 

@@ -45,9 +45,19 @@ class _Frame:
     def floor_y(self) -> int:
         return self.height - _BOTTOM
 
+    def fits(self, x: float, y: float, anchor: str, text: str, taken: Sequence[Box]) -> bool:
+        """Whether ``text`` can stand at (x, baseline y); its place is then taken."""
+        wide = _GLYPH * len(text)
+        left = x - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
+        box = (left, y - 11, left + wide, y + 3)
+        inside = box[0] >= _LEFT and box[2] <= self.width and box[1] >= 0 and box[3] <= self.floor_y
+        if not inside or any(_overlap(box, other) for other in taken):
+            return False
+        self.taken.append(box)
+        return True
+
     def place(self, x: float, y: float, text: str, gap: float) -> tuple[float, float, str] | None:
         """Where the label of a mark at (x, y) can stand: (x, baseline, anchor), or None where all is taken."""
-        wide = _GLYPH * len(text)
         spots = [
             *((gap, 4, "start"), (-gap, 4, "end"), (0, -gap, "middle"), (0, gap + 10, "middle")),
             *((gap, -gap, "start"), (gap, gap + 10, "start"), (-gap, -gap, "end"), (-gap, gap + 10, "end")),
@@ -55,13 +65,20 @@ class _Frame:
         ]
         for taken in ([*self.taken, *self.minor], self.taken):
             for dx, dy, anchor in spots:
-                left = x + dx - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
-                box = (left, y + dy - 11, left + wide, y + dy + 3)
-                inside = box[0] >= _LEFT and box[2] <= self.width and box[1] >= 0 and box[3] <= self.floor_y
-                if inside and not any(_overlap(box, other) for other in taken):
-                    self.taken.append(box)
+                if self.fits(x + dx, y + dy, anchor, text, taken):
                     return round(x + dx, 1), round(y + dy, 1), anchor
         return None
+
+    def beside(self, spots: Sequence[tuple[float, float, str]], text: str) -> str:
+        """The label of a limit at the first of ``spots`` that is free, at the very first where none is."""
+        free = (
+            spot
+            for taken in ([*self.taken, *self.minor], self.taken)
+            for spot in spots
+            if self.fits(*spot, text, taken)
+        )
+        x, y, anchor = next(free, spots[0])
+        return f'<text class="limit" x="{round(x, 1)}" y="{round(y, 1)}" text-anchor="{anchor}">{text}</text>'
 
 
 def _overlap(one: Box, two: Box) -> bool:
@@ -104,12 +121,26 @@ def _frame(data: ReportData, points: Sequence[Point], width: int, height: int) -
     ratios = [1.0, *(p.ratio for p in points), *([data.floor] if data.floor else [])]
     margin = 0.07 * (max(sizes) - min(sizes)) or 0.1 * max(sizes) or 1.0
     stretch = (max(ratios) / min(ratios)) ** 0.06 if max(ratios) > min(ratios) else 1.1
-    return _Frame(
+    frame = _Frame(
         width,
         height,
         (max(0.0, min(sizes) - margin), max(sizes) + margin),
         (min(ratios) / stretch, max(ratios) * stretch),
     )
+    for point in points:
+        spot = _around(frame.x(point.bytes), frame.y(point.ratio), 8 if point.kind == "chosen" else 4)
+        (frame.minor if point.kind == "candidate" else frame.taken).append(spot)
+    for one, two in pairwise(_frontier(points)):
+        for part in (step / 24 for step in range(25)):  # the line lies there as well
+            size, ratio = one.bytes + part * (two.bytes - one.bytes), one.ratio * (two.ratio / one.ratio) ** part
+            frame.taken.append(_around(frame.x(size), frame.y(ratio), 2))
+    return frame
+
+
+def _frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that the line joins, by size; none without a frontier."""
+    on = [point for point in points if point.kind in ("frontier", "chosen")]
+    return sorted(on, key=lambda point: point.bytes) if any(p.kind == "frontier" for p in on) else []
 
 
 def _axes(data: ReportData, frame: _Frame) -> Iterator[str]:
@@ -153,32 +184,21 @@ def _limits(data: ReportData, frame: _Frame) -> Iterator[str]:
     if data.budget_bytes:
         yield f'<line class="limit" x1="{right}" x2="{right}" y1="{_TOP - 6}" y2="{frame.floor_y}"/>'
         words = f"budget {quantity(data.budget_bytes, 'bytes')}"
-        start = right + 6 + _GLYPH * len(words) < frame.width
-        x, anchor = (right + 6, "start") if start else (right - 6, "end")
-        yield f'<text class="limit" x="{x}" y="{_TOP + 4}" text-anchor="{anchor}">{words}</text>'
-        left = x if start else x - _GLYPH * len(words)
-        frame.taken.append((left, _TOP - 8, left + _GLYPH * len(words), _TOP + 8))
+        yield frame.beside([(right + 6, _TOP + 4, "start"), (right - 6, _TOP + 4, "end")], words)
         frame.taken.append((right - 2, _TOP, right + 2, frame.floor_y))
     if data.floor:
-        yield f'<line class="limit" x1="{_LEFT}" x2="{frame.width - _RIGHT}" y1="{above}" y2="{above}"/>'
-        words = f"floor {times(data.floor)}"
-        x = frame.width - _RIGHT
-        yield f'<text class="limit" x="{x}" y="{above - 6}" text-anchor="end">{words}</text>'
-        frame.taken.append((x - _GLYPH * len(words), above - 18, x, above + 2))
+        edge = frame.width - _RIGHT
+        yield f'<line class="limit" x1="{_LEFT}" x2="{edge}" y1="{above}" y2="{above}"/>'
+        ends = [(edge, above - 6, "end"), (edge, above + 15, "end")]
+        starts = [(_LEFT + 4, above - 6, "start"), (_LEFT + 4, above + 15, "start")]
+        yield frame.beside(ends + starts, f"floor {times(data.floor)}")
 
 
 def _marks(data: ReportData, points: Sequence[Point], frame: _Frame) -> Iterator[str]:
-    frontier = sorted((p for p in points if p.kind in ("frontier", "chosen")), key=lambda p: p.bytes)
+    frontier = _frontier(points)
     chosen = [p for p in points if p.kind == "chosen"]
     references = [p for p in points if p.kind == "reference"]
-    for point in points:
-        spot = _around(frame.x(point.bytes), frame.y(point.ratio), 8 if point.kind == "chosen" else 4)
-        (frame.minor if point.kind == "candidate" else frame.taken).append(spot)
-    if any(p.kind == "frontier" for p in frontier):
-        for one, two in pairwise(frontier):
-            for part in (step / 24 for step in range(25)):
-                size, ratio = one.bytes + part * (two.bytes - one.bytes), one.ratio * (two.ratio / one.ratio) ** part
-                frame.taken.append(_around(frame.x(size), frame.y(ratio), 2))
+    if frontier:
         path = " ".join(f"{frame.x(p.bytes)},{frame.y(p.ratio)}" for p in frontier)
         yield f'<polyline class="frontier" points="{path}"/>'
     for point in points:
