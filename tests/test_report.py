@@ -142,6 +142,7 @@ def hostile(value):
 def test_no_string_can_change_the_page():
     harmless, evil = example(), hostile(example())
     evil = replace(evil, receipt=[(HOSTILE, HOSTILE)] * len(harmless.receipt))
+    evil = replace(evil, samples=[replace(sample, after=f"not {HOSTILE}") for sample in evil.samples])
     page = report.page(evil)
     assert page.encode("utf-8")
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", page)
