@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pennyweight.damage import Predicts, Prediction, damage, sample
+from pennyweight.damage import Prediction, Predicts, damage, sample
 from pennyweight.lever import Card, WeightLever, candidates_of
 from pennyweight.statistics import Statistics
 from pennyweight.weights import Cost, Weight

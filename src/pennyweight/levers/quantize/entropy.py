@@ -32,7 +32,7 @@ from pennyweight.weights import Cost, Weight, check_finite
 from pennyweight.weights.entropy import EntropyCoded, contexts_for, scale_bytes, scale_values
 
 _CURVE_ROWS = 192
-_TRIES = 6  # a secant on the log-step lands within half a percent in two or three
+_TRIES = 8  # a secant on the log-step lands within half a percent in two or three
 
 
 @dataclass(frozen=True)
@@ -195,20 +195,25 @@ class Entropy:
         # the step at which codes of Gaussian entries would have that entropy: 0.5 log2(2 pi e variance / step^2)
         spread = (matrix.square() * metric.rows[:, None] / metric.upper.diagonal().square()).clamp_min(1e-30)
         entropy = 0.5 * math.log2(2 * math.pi * math.e) + 0.5 * float(spread.log2().mean())
-        step, best = 2 ** (entropy - self.bits), None
+        at, slope, best = entropy - self.bits, -1.0, None  # log2 of the step; bits fall by one an octave, less when few
+        before: tuple[float, float] | None = None
         for _ in range(_TRIES):
-            found = self._at(matrix, metric, step)
+            found = self._at(matrix, metric, 2**at)
             used = found.cost().bytes
             if used <= allowed and (best is None or used > best.cost().bytes):
                 best = found
-            if used <= allowed and used >= 0.995 * allowed:
+            if 0.995 * allowed <= used <= allowed:
                 break
+            bits = 8 * used / matrix.numel()
+            if before is not None and before[0] != at:
+                slope = min(-0.1, max(-1.2, (bits - before[1]) / (at - before[0])))
+            before = (at, bits)
             # a byte aimed too low is lost, one too high costs another try: aim a quarter percent below
-            step *= 2 ** max(-4.0, min(4.0, 8 * (used - 0.9975 * allowed) / matrix.numel()))
+            at += max(-3.0, min(3.0, (0.9975 * self.bits - bits) / slope))
         if best is None:
             raise FormError(
                 f"quantize.entropy: bits {self.bits} cannot be met for {weight.shape[0]}x{weight.shape[1]}: scales and "
-                f"tables alone need more; the last try stores {8 * used / matrix.numel():.2f} bits a weight"
+                f"tables alone need more; the last try stores {8 * used / matrix.numel():.3f} bits a weight"
             )
         return best
 
@@ -241,8 +246,8 @@ class Entropy:
 
     @classmethod
     def candidates(cls, shape: tuple[int, int]) -> Iterator[Entropy]:
-        """Rates from 1 to 8 bits, an eighth apart where it matters; small matrices start higher."""
-        for eighths in (*range(8, 32), *range(32, 48, 2), 48, 52, 56, 64):
+        """Rates from 0.5 to 8 bits, an eighth apart where it matters; small matrices start higher."""
+        for eighths in (*range(4, 32), *range(32, 48, 2), 48, 52, 56, 64):
             bits = eighths / 8
             if 8 * 3 * sum(shape) < 0.25 * bits * shape[0] * shape[1]:
                 yield cls(bits=bits)

@@ -1,0 +1,231 @@
+"""The main job: a model, data, a budget and a floor in; a fitted model with its recipe, receipt and report out.
+
+statistics -> predictions -> plan -> solve -> measure -> (rescale, plan, solve, measure) -> verify -> write
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pennyweight.errors import BudgetError, OptionError
+from pennyweight.finish import Fitted, Solved, digest, finish
+from pennyweight.job import Job, Progress, Settings, chosen_levers, installed, quiet, standing_in
+from pennyweight.journal import Journal
+from pennyweight.model import bf16_bytes, load
+from pennyweight.model.model import Model, parameters
+from pennyweight.model.saving import file_bytes
+from pennyweight.plan.choose import frontier
+from pennyweight.plan.rounds import Plan, Prices, label_of
+from pennyweight.plan.slots import Slot, slots_of
+from pennyweight.receipt import Certificate
+from pennyweight.recipe import Recipe
+from pennyweight.safe_write import check_free
+from pennyweight.task import task_of
+from pennyweight.units import Budget, Floor, parse_seconds, show_bytes
+from pennyweight.weights import Weight
+
+__all__ = ["Fitted", "Settings", "Solved", "fit", "plan_and_solve"]
+
+#: Plans solved at most: the first teaches the prices, the second spends by them, the third mends an overrun.
+ROUNDS = 3
+#: A plan for a floor aims below it by this many standard errors of the check, so that the held-out test passes, too.
+_CAUTION = 2.5
+
+
+def fit(
+    model: str | Path | torch.nn.Module | Model,
+    *,
+    data: Any = "wiki",
+    budgets: Sequence[str | Budget] = (),
+    floor: str | Floor | None = None,
+    levers: str | Sequence[str] | None = None,
+    time: str | float | None = None,
+    out: str | Path | None = None,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    repair: bool | None = None,
+    seed: int = 0,
+    settings: Settings | None = None,
+    progress: Progress = quiet,
+) -> Any:
+    """Fit ``model`` to ``budgets`` at the best quality, or to ``floor`` at the fewest bytes; both together check both.
+
+    Args:
+        model: a short name, a directory, a GGUF file, a cached hub id, or a loaded model.
+        data: text to calibrate and judge on: a short name, a path, or documents.
+        budgets: "25%", "35MB", "params=90M", "flops=60%", ...; a budget in bytes means the files that are written.
+        floor: "perplexity<=1.10x", "cosine>=0.99": held to by a one-sided test at 95 %.
+        levers: names or rooms; "+name" and "-name" change the default set.
+        time: seconds or "10min": what repair may take; none is done without.
+        out: directory to write to; needed unless ``dry_run``.
+        dry_run: predict cost, quality, time, memory and disk instead, after a smoke pass of every stage.
+        resume: go on from the journal that a killed run left beside ``out``.
+        overwrite: replace an earlier result in ``out``.
+        repair: tune what is tunable against the original; None does so when ``time`` is given.
+        seed: of every draw.
+        settings: how much text is read.
+        progress: called with (stage, done, total).
+
+    Raises:
+        BudgetError: what is asked cannot be met; it says the nearest that can.
+        UserError: anything else that is wrong with what was given.
+    """
+    limits = tuple(Budget.parse(b) if isinstance(b, str) else b for b in budgets)
+    wanted = Floor.parse(floor) if isinstance(floor, str) else floor
+    seconds = parse_seconds(time) if isinstance(time, str) else time
+    if not limits and wanted is None:
+        raise OptionError('fit: nothing is asked; give a budget ("25%") or a floor ("perplexity<=1.10x")')
+    if len({b.resource for b in limits}) < len(limits):
+        raise OptionError("fit: two budgets for one resource; give each once")
+    if repair and seconds is None:
+        raise OptionError("fit: repair needs to know how long it may take; give a time (--time 10min)")
+    if out is None and not dry_run:
+        raise OptionError("fit: give a directory to write to (--out DIR), or ask for a dry run")
+    if out is not None:
+        check_free(out, overwrite=overwrite or resume)
+    cards = chosen_levers(levers, limits)
+    loaded = model if isinstance(model, Model) else load(model)
+    job = Job(
+        model=loaded, task=task_of(loaded), data=data, budgets=limits, floor=wanted, cards=cards,
+        settings=replace(settings or Settings(), seed=seed), progress=progress,
+        journal=Journal.beside(out if out is not None else Path.cwd() / "pennyweight-dry-run", resume=resume),
+    )  # fmt: skip
+    if dry_run:
+        from pennyweight.dry_run import estimate  # the two need each other: it plans with the pieces below
+
+        return estimate(job)
+    assert out is not None
+    return finish(job, plan_and_solve(job), Path(out), overwrite=overwrite or resume)
+
+
+def plan_and_solve(job: Job) -> Solved:
+    """The rounds of the main job; see the module's text."""
+    reference = bf16_bytes(job.model)
+    statistics = job.statistics()
+    slots = slots_of(job.model.anatomy, statistics)
+    before = job.scores("baseline", "original", job.model.module, job.check, exact=False)
+    offers = job.offers(slots)
+    prices, allowed = first_plan(job, slots, reference)
+    ceiling = None
+    if job.floor is not None and not allowed:
+        ceiling = job.task.harm_of(job.floor, before)
+    margin, found = 0.0, None
+    for number in range(1, ROUNDS + 1):
+        room = {name: int(limit) for name, limit in allowed.items() if name in ("bytes", "params", "flops")}
+        plan = prices.plan(slots, offers, room, None if ceiling is None else max(ceiling - margin, 1e-9))
+        predicted = plan.choice.damage
+        weights = job.solve(slots, plan)
+        prices, spent = solved_cost(job, prices, plan, weights, slots)
+        harm, prices, error = measure(job, slots, weights, plan, prices, before)
+        margin = _CAUTION * error
+        fits = all(spent[name] <= limit for name, limit in room.items())
+        floor_met = ceiling is None or harm + margin <= ceiling
+        now = Solved(
+            slots=slots,
+            weights=weights,
+            recipe=Recipe.of({name: o.lever for name, o in plan.picked.items() if o.lever is not None}),
+            labels={name: label_of(offer) for name, offer in plan.picked.items()},
+            spent=spent,
+            allowed=allowed,
+            planned=plan.choice.cost,
+            predicted=predicted,
+            measured=harm,
+            curve=tuple((cost, damage) for cost, damage, _ in frontier(prices.problem(slots, offers))),
+            certificate=_certificate(plan, sum(map(len, offers.values())), number),
+        )
+        if fits and floor_met and (found is None or _better(now, found, ceiling)):
+            found = now
+        if found is not None and number > 1:
+            break
+    if found is None:
+        raise BudgetError(
+            f"after {ROUNDS} rounds no plan holds: the last one spends {show_bytes(spent['bytes'])} and measures "
+            f"{job.task.metric} {job.task.effect_of(harm):.3f}; relax what was asked a little"
+        )
+    return found
+
+
+def _better(one: Solved, other: Solved, ceiling: float | None) -> bool:
+    assert one.measured is not None
+    assert other.measured is not None
+    return one.measured < other.measured if ceiling is None else one.spent["bytes"] < other.spent["bytes"]
+
+
+def measure(
+    job: Job, slots: Sequence[Slot], weights: Mapping[str, Weight], plan: Plan, prices: Prices, before: torch.Tensor
+) -> tuple[float, Prices, float]:
+    """(mean harm of the whole plan on the check windows, prices rescaled group by group, its standard error)."""
+    groups = sorted({slot.group for slot in slots}, reverse=True)  # "embedding" first: it alone, then all
+    harm, error, so_far = 0.0, 0.0, 0.0
+    for index in range(len(groups)):
+        part = [slot for slot in slots if slot.group in groups[: index + 1]]
+        name = digest(weights, part)
+        with standing_in(job.model.module, part, weights):
+            after = job.scores("checking the plan", name, job.model.module, job.check, exact=False)
+        each = job.task.harm(before, after).double()
+        harm, error = float(each.mean()), float(each.std() / len(each) ** 0.5)
+        prices = prices.learn(groups[index], harm - so_far, plan.damage[groups[index]])
+        so_far = harm
+    return harm, prices, error
+
+
+def _certificate(plan: Plan, choices: int, rounds: int) -> Certificate:
+    proof = plan.choice.certificate
+    return Certificate(
+        solver="HiGHS", status=proof.status, objective=plan.choice.damage, bound=proof.bound, gap=proof.gap,
+        binds=proof.binding, choices=choices, rounds=rounds,
+    )  # fmt: skip
+
+
+def _fixed(job: Job, slots: Sequence[Slot]) -> dict[str, int]:
+    """What every plan stores beside its slots, guessed; the first round replaces the bytes by what was counted."""
+    inside = sum(slot.map.shape[0] * slot.map.shape[1] for slot in slots)
+    count = parameters(job.model.module) - inside
+    # two bytes a number, and what headers and structure say of each tensor
+    return {"bytes": 2 * count + 4096 + 1200 * len(slots), "params": count, "flops": 0}
+
+
+def first_plan(job: Job, slots: Sequence[Slot], reference: int) -> tuple[Prices, dict[str, int | float]]:
+    """The prices before anything was measured, and every budget in base units."""
+    prices = Prices(fixed=_fixed(job, slots))
+    return prices, _limits(job, prices, slots, reference)
+
+
+def _limits(job: Job, prices: Prices, slots: Sequence[Slot], reference: int) -> dict[str, int | float]:
+    """Every budget in base units."""
+    matrices = sum(slot.map.shape[0] * slot.map.shape[1] for slot in slots)
+    originals = {
+        "bytes": reference,
+        "params": matrices + prices.fixed["params"],
+        "flops": 2 * matrices,
+    }
+    allowed: dict[str, int | float] = {}
+    for budget in job.budgets:
+        if budget.resource not in originals:
+            raise OptionError(
+                f"fit: no lever is planned against {budget.resource} yet; give bytes, params or flops and check "
+                f"{budget.resource} with `pennyweight measure`"
+            )
+        allowed[budget.resource] = budget.limit_for(originals[budget.resource])
+    return allowed
+
+
+def solved_cost(
+    job: Job, prices: Prices, plan: Plan, weights: Mapping[str, Weight], slots: Sequence[Slot]
+) -> tuple[Prices, dict[str, int]]:
+    """What the solved model costs, bytes exactly as its files will be; and prices that know the bytes beside slots."""
+    inside = {"bytes": 0, "params": 0, "flops": 0}
+    for slot in slots:
+        cost = weights[slot.name].cost() if slot.name in weights else plan.picked[slot.name].cost
+        for name in inside:
+            inside[name] += getattr(cost, name)
+    with installed(job.model.module, slots, weights):
+        written = file_bytes(job.model)
+    fixed = {**prices.fixed, "bytes": written - inside["bytes"]}
+    return replace(prices, fixed=fixed), {name: inside[name] + fixed[name] for name in inside}

@@ -1,0 +1,283 @@
+"""One fit under way: its stages, each of which leaves what it found in the journal.
+
+Everything that takes long is a unit of the journal beside the output directory, so that a run that was killed goes on
+where it was and ends bit-identical. Text is used in three disjoint parts: one gives the statistics, one checks the
+plan, and the held-out one, which no decision sees, gives the figures of the receipt.
+"""
+
+from __future__ import annotations
+
+import resource
+import time as clock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pennyweight import calibrate
+from pennyweight.damage import Prediction
+from pennyweight.data import windows
+from pennyweight.errors import OptionError
+from pennyweight.journal import Journal
+from pennyweight.lever import Card, find, options_of
+from pennyweight.lever import levers as all_levers
+from pennyweight.model import anatomy
+from pennyweight.model.model import Model
+from pennyweight.plan.offers import predict, settings_for
+from pennyweight.plan.rounds import Plan
+from pennyweight.plan.slots import Slot, matrix_of
+from pennyweight.statistics import Statistics
+from pennyweight.task import Task
+from pennyweight.units import Budget, Floor
+from pennyweight.weights import Dense, Weight, rebuild, structure
+
+Progress = Callable[[str, int, int], None]
+
+#: Offered unless ``levers`` says otherwise. The first rounds at any rate better than every fixed-width lever, so the
+#: others need not be priced; low rank is what lowers parameters and FLOPs.
+DEFAULT_LEVERS = ("quantize.entropy",)
+STRUCTURAL_LEVERS = ("factorize.svd",)
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much text a fit reads, in windows of ``length`` tokens; and its seed.
+
+    Attributes:
+        length: tokens a window.
+        statistics: windows for second moments; the first ``gradients`` of them for gradients, too.
+        gradients: windows run backward.
+        check: windows that check plans.
+        heldout: windows of held-out documents for the final figures.
+        seed: of every draw.
+    """
+
+    length: int = 512
+    statistics: int = 32
+    gradients: int = 8
+    check: int = 12
+    heldout: int = 32
+    seed: int = 0
+
+
+@dataclass
+class Step:
+    """Time and memory a stage took."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass
+class Job:
+    """One fit under way: what was asked, and what is known so far."""
+
+    model: Model
+    task: Task
+    data: Any
+    budgets: tuple[Budget, ...]
+    floor: Floor | None
+    cards: tuple[Card, ...]
+    settings: Settings
+    journal: Journal
+    progress: Progress
+    steps: list[Step] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        began = clock.perf_counter()
+        self.progress(name, 0, 1)
+        yield
+        self.progress(name, 1, 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.steps.append(Step(name, clock.perf_counter() - began, peak))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What every unit of the journal depends on."""
+        return {
+            "model": self.model.fingerprint,
+            "calibration": self.calibration,
+            "settings": vars(self.settings),
+            "threads": torch.get_num_threads(),
+        }
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """(statistics + check, length) token ids of calibration documents."""
+        s = self.settings
+        return windows(
+            self.data, self.model.need_tokenizer(), part="calibration", length=s.length,
+            count=s.statistics + s.check, seed=s.seed,
+        )  # fmt: skip
+
+    @cached_property
+    def heldout(self) -> Tensor:
+        """(heldout, length) token ids of held-out documents."""
+        s = self.settings
+        return windows(
+            self.data, self.model.need_tokenizer(), part="heldout", length=s.length, count=s.heldout, seed=s.seed
+        )
+
+    @property
+    def check(self) -> Tensor:
+        """The calibration windows that statistics have not seen."""
+        return self.calibration[self.settings.statistics :]
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Statistics]:
+        """Statistics of every linear map, from the journal where they lie there."""
+        s = self.settings
+        key = Journal.key("statistics", **self.identity)
+        with self.stage("statistics"):
+            if not self.journal.done(key):
+                found = calibrate.collect(
+                    self.model, self.calibration[: s.statistics],
+                    needs=frozenset({"second_moment", "gradient"}), gradient_tokens=s.gradients * s.length,
+                    report=self.progress,
+                )  # fmt: skip
+                self.journal.store(key, *_flattened(found))
+                del found
+            unit = self.journal.load(key)
+            return _unflattened(unit.tensors, unit.meta)
+
+    def scores(self, what: str, name: str, module: torch.nn.Module, ids: Tensor, *, exact: bool) -> Tensor:
+        """Scores of ``module`` on windows ``ids`` (see `pennyweight.task`), a unit of the journal.
+
+        Args:
+            what: the stage.
+            name: what tells ``module`` from others on the same windows.
+            module: run when the journal does not have them.
+            ids: (windows, tokens).
+            exact: in float32; otherwise with bfloat16 products, for plans.
+        """
+        key = Journal.key("scores", of=name, ids=ids, exact=exact, **self.identity)
+        with self.stage(what):
+            if not self.journal.done(key):
+                found = self.task.scores(module, ids, exact=exact, report=lambda d, n: self.progress(what, d, n))
+                self.journal.store(key, {"scores": found})
+            return self.journal.load(key).tensors["scores"]
+
+    def offers(self, slots: Sequence[Slot]) -> dict[str, list[Prediction]]:
+        """Predicted cost and damage of every candidate in every slot, "as it is" in 16 bits among them."""
+        found: dict[str, list[Prediction]] = {}
+        with self.stage("predictions"):
+            for done, slot in enumerate(slots):
+                weight = Dense(matrix_of(self.model.module, slot))
+                settings = settings_for(self.cards, slot.map.shape)
+                found[slot.name] = predict(settings, weight, slot.statistics, seed=self.settings.seed)
+                if not found[slot.name]:
+                    found[slot.name] = [Prediction(None, Dense(weight.dense().bfloat16()).cost(), 0.0)]
+                self.progress("predictions", done + 1, len(slots))
+        return found
+
+    def solve(self, slots: Sequence[Slot], plan: Plan) -> dict[str, Weight]:
+        """The compact weight of every slot that ``plan`` changes, each a unit of the journal."""
+        solved: dict[str, Weight] = {}
+        with self.stage("solving"):
+            for done, slot in enumerate(slots):
+                lever = plan.picked[slot.name].lever
+                if lever is None:
+                    continue
+                key = Journal.key("solve", slot=slot.name, lever=lever.lever_name, **options_of(lever), **self.identity)
+                if not self.journal.done(key):
+                    made = lever.solve(Dense(matrix_of(self.model.module, slot)), slot.statistics)
+                    self.journal.store(key, made.state_dict(), {"structure": structure(made)})
+                unit = self.journal.load(key)
+                solved[slot.name] = rebuild(unit.meta["structure"], unit.tensors, slot.name)
+                self.progress("solving", done + 1, len(slots))
+        return solved
+
+
+@contextmanager
+def standing_in(module: torch.nn.Module, slots: Sequence[Slot], solved: Mapping[str, Weight]) -> Iterator[None]:
+    """For a while the model computes with the solved matrices, dense, in place of its own."""
+    kept: list[tuple[torch.nn.Parameter, Tensor]] = []
+    try:
+        for slot in slots:
+            if slot.name in solved:
+                layer = module.get_submodule(slot.map.path)
+                held = getattr(layer, slot.map.parameter)
+                dense = solved[slot.name].dense().detach()
+                kept.append((held, held.data))
+                turned = dense.T if slot.map.kind == "conv1d-transposed" else dense
+                held.data = turned.to(held.dtype).reshape(held.shape)
+        yield
+    finally:
+        for held, data in kept:
+            held.data = data
+
+
+@contextmanager
+def installed(module: torch.nn.Module, slots: Sequence[Slot], weights: Mapping[str, Weight]) -> Iterator[None]:
+    """For a while the model holds the compact layers themselves."""
+    kept = dict(module.named_modules(remove_duplicate=False))
+    try:
+        for slot in slots:
+            if slot.name in weights:
+                anatomy.replace(module, slot.map.path, weights[slot.name])
+        yield
+    finally:
+        now = dict(module.named_modules(remove_duplicate=False))
+        for path, layer in kept.items():
+            if path and now.get(path) is not layer:
+                module.set_submodule(path, layer)
+
+
+def _flattened(found: Mapping[str, Statistics]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of statistics, a tensor that several maps share stored once."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    maps: dict[str, Any] = {}
+    for name, statistics in found.items():
+        held = {}
+        for part, value in vars(statistics).items():
+            if isinstance(value, Tensor):
+                key = names.setdefault(id(value), f"{name}/{part}")
+                tensors[key] = value
+                held[part] = key
+        maps[name] = {"count": statistics.count, "tensors": held}
+    return tensors, {"maps": maps}
+
+
+def _unflattened(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Statistics]:
+    return {
+        name: Statistics(fact["count"], **{part: tensors[key] for part, key in fact["tensors"].items()})
+        for name, fact in facts["maps"].items()
+    }
+
+
+def chosen_levers(text: str | Sequence[str] | None, budgets: Sequence[Budget]) -> tuple[Card, ...]:
+    """The levers a fit may use: names, rooms ("quantize"), or changes of the default ("+quantize.gptq,-factorize.svd").
+
+    Raises:
+        OptionError: nothing is left.
+        RecipeError: an unknown lever.
+    """
+    structural = any(budget.resource in ("params", "flops", "latency") for budget in budgets)
+    names = list(DEFAULT_LEVERS + (STRUCTURAL_LEVERS if structural else ()))
+    asked = [part.strip() for part in (text.split(",") if isinstance(text, str) else text or ())]
+    if any(not part.startswith(("+", "-")) for part in asked):
+        names = []
+    for part in asked:
+        bare = part.lstrip("+-")
+        room = [card.name for card in all_levers(bare) if card.reach == "weight"]
+        for name in room or [find(bare).name]:
+            if part.startswith("-"):
+                names = [kept for kept in names if kept != name]
+            elif name not in names:
+                names.append(name)
+    if not names:
+        raise OptionError(f"--levers {text!r} leaves none; name at least one (`pennyweight levers` lists them)")
+    return tuple(find(name) for name in names)
