@@ -198,6 +198,8 @@ def test_agreement_is_that_of_the_whole_distributions(windows, numbers, monkeypa
     torch.testing.assert_close(found.kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-5)
     assert torch.equal(found.same, p.argmax(-1) == q.argmax(-1))
     assert found.kl.shape == (5, 12)
+    torch.testing.assert_close(found.original_losses.double(), whole_losses(original, windows), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.other_losses.double(), whole_losses(other, windows), rtol=1e-5, atol=1e-5)
     assert (found.kl > 0).all()
 
 
@@ -262,7 +264,7 @@ def test_vocabularies_must_be_equal(windows):
     torch.manual_seed(0)
     other = llama()
     other.resize_token_embeddings(VOCABULARY + 3)
-    with pytest.raises(ModelError, match="101 and 104 tokens"):
+    with pytest.raises(ModelError, match="101 and 104 do not"):
         agreement(make(llama), other, windows)
 
 

@@ -24,10 +24,14 @@ class Agreement:
         same: (W, T-1) bool: the same token is the likeliest to both.
         kl: (W, T-1) float32, nats: the Kullback-Leibler divergence from the original's distribution to the other's;
             not below 0 but for rounding.
+        original_losses: (W, T-1) float32, nats: those of `token_losses`.
+        other_losses: likewise.
     """
 
     same: Tensor
     kl: Tensor
+    original_losses: Tensor
+    other_losses: Tensor
 
 
 def agreement(
@@ -56,27 +60,26 @@ def agreement(
     first, second = Logits(original), Logits(other)
     for logits in (first, second):
         check_windows(windows, logits)
-    same: list[Tensor] = []
-    kl: list[Tensor] = []
+    targets, at = windows[:, 1:].flatten(), 0
+    same = torch.empty(len(targets), dtype=torch.bool)
+    rest = torch.empty(3, len(targets))  # divergence, losses of the original, losses of the other
     with looking(original, dtype), looking(other, dtype):
         for start in range(0, len(windows), batch):
             ids = windows[start : start + batch]
             for p, q in zip(first(ids), second(ids), strict=True):
                 if p.shape != q.shape:
-                    raise ModelError(
-                        f"agreement: vocabularies of {p.shape[-1]} and {q.shape[-1]} tokens do not compare"
-                    )
-                q = q.to(p.device)
-                same.append((p.argmax(-1) == q.argmax(-1)).cpu())
-                kl.append(_divergence(p, q).cpu())
+                    raise ModelError(f"agreement: vocabularies of {p.shape[-1]} and {q.shape[-1]} do not compare")
+                part = slice(at, at + len(p))
+                same[part], rest[:, part] = _compare(p, q.to(p.device), targets[part].to(p.device))
+                at = part.stop
+            check_finite(rest[0, :at].view(-1, windows.shape[1] - 1), "divergence")
             if report is not None:
                 report(start + len(ids), len(windows))
-    shape = (windows.shape[0], windows.shape[1] - 1)
-    found = Agreement(torch.cat(same).view(shape), torch.cat(kl).view(shape))
-    check_finite(found.kl, 0, "divergence")
-    return found
+    return Agreement(*(tensor.view(len(windows), -1) for tensor in (same, *rest)))
 
 
-def _divergence(p: Tensor, q: Tensor) -> Tensor:  # (C, V), (C, V) -> (C,)
+def _compare(p: Tensor, q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (C, V) twice, (C,) -> (C,), (3, C)
+    same = p.argmax(-1) == q.argmax(-1)
     p, q = p.log_softmax(-1), q.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    at = targets[:, None]
+    return same, torch.stack([(p.exp() * (p - q)).sum(-1), -p.gather(-1, at)[:, 0], -q.gather(-1, at)[:, 0]])

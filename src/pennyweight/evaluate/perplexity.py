@@ -41,34 +41,34 @@ def token_losses(
     """
     logits = Logits(module)
     check_windows(windows, logits)
-    losses = torch.empty(windows.shape[0], windows.shape[1] - 1)
+    targets, at = windows[:, 1:].flatten(), 0
+    losses = torch.empty(len(targets))
     with looking(module, dtype):
         for start in range(0, len(windows), batch):
             ids = windows[start : start + batch]
-            targets, found, at = ids[:, 1:].flatten(), losses[start : start + len(ids)].view(-1), 0
             for chunk in logits(ids):
                 part = slice(at, at + len(chunk))
-                found[part] = _losses(chunk, targets[part, None].to(chunk.device))
+                losses[part] = _losses(chunk, targets[part, None].to(chunk.device))
                 at = part.stop
-            check_finite(losses[start : start + len(ids)], start, "loss")
+            check_finite(losses[:at].view(-1, windows.shape[1] - 1), "loss")
             if report is not None:
                 report(start + len(ids), len(windows))
-    return losses
+    return losses.view(len(windows), -1)
 
 
 def perplexity(losses: Tensor) -> float:
     """``exp`` of the mean loss in nats; infinite past 709 nats."""
-    check_finite(losses.reshape(len(losses), -1), 0, "loss")
+    check_finite(losses.reshape(len(losses), -1), "loss")
     return float(losses.double().mean().exp())
 
 
-def check_finite(values: Tensor, first: int, what: str) -> None:
-    """Raise a ModelError that names the window, counted from ``first``, whose ``values`` (W, T) are not finite."""
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise a ModelError that names the window whose ``values`` (W, T) are not finite."""
     wrong = ~torch.isfinite(values)
     if wrong.any():
         window, token = (int(index) for index in wrong.nonzero()[0])
         raise ModelError(
-            f"window {first + window}: the {what} is {float(values[window, token])} at prediction {token}; the model's "
+            f"window {window}: the {what} is {float(values[window, token])} at prediction {token}; the model's "
             "outputs are broken there: look for NaN or infinite weights, or an overflow in a 16-bit dtype"
         )
 
