@@ -33,8 +33,10 @@ __all__ = ["Fitted", "Settings", "Solved", "fit", "plan_and_solve"]
 
 #: Plans solved at most: the first teaches the prices, the second spends by them, the third mends an overrun.
 ROUNDS = 3
-#: A plan for a floor aims below it by this many standard errors of the check, so that the held-out test passes, too.
-_CAUTION = 2.5
+#: Resources a plan can be made against: those whose cost is read off the structure of a weight.
+PLANNED = ("bytes", "params", "flops")
+#: Spread of the harm over windows, as a multiple of its mean, until it has been measured.
+_SPREAD = 0.7
 
 
 def fit(
@@ -89,10 +91,19 @@ def fit(
         raise OptionError("fit: give a directory to write to (--out DIR), or ask for a dry run")
     if out is not None:
         check_free(out, overwrite=overwrite or resume)
+    for budget in limits:
+        if budget.resource not in PLANNED:
+            raise OptionError(
+                f"fit: plans are made against {', '.join(PLANNED)}, not {budget.resource}; "
+                f"`pennyweight measure` says what {budget.resource} a fitted model has"
+            )
     cards = chosen_levers(levers, limits)
     loaded = model if isinstance(model, Model) else load(model)
+    task = task_of(loaded)
+    if wanted is not None:
+        task.check(wanted)
     job = Job(
-        model=loaded, task=task_of(loaded), data=data, budgets=limits, floor=wanted, cards=cards,
+        model=loaded, task=task, data=data, budgets=limits, floor=wanted, cards=cards,
         settings=replace(settings or Settings(), seed=seed), progress=progress,
         journal=Journal.beside(out if out is not None else Path.cwd() / "pennyweight-dry-run", resume=resume),
     )  # fmt: skip
@@ -115,17 +126,17 @@ def plan_and_solve(job: Job) -> Solved:
     ceiling = None
     if job.floor is not None and not allowed:
         ceiling = job.task.harm_of(job.floor, before)
-    margin, found = 0.0, None
+    spread, found = _SPREAD, None
     for number in range(1, ROUNDS + 1):
-        room = {name: int(limit) for name, limit in allowed.items() if name in ("bytes", "params", "flops")}
-        plan = prices.plan(slots, offers, room, None if ceiling is None else max(ceiling - margin, 1e-9))
+        room = {name: int(limit) for name, limit in allowed.items()}
+        plan = prices.plan(slots, offers, room, None if ceiling is None else ceiling / _caution(job, spread))
         predicted = plan.choice.damage
         weights = job.solve(slots, plan)
         prices, spent = solved_cost(job, prices, plan, weights, slots)
-        harm, prices, error = measure(job, slots, weights, plan, prices, before)
-        margin = _CAUTION * error
+        harm, prices, deviation = measure(job, slots, weights, plan, prices, before)
+        spread = deviation / harm if harm > 0 else _SPREAD
         fits = all(spent[name] <= limit for name, limit in room.items())
-        floor_met = ceiling is None or harm + margin <= ceiling
+        floor_met = ceiling is None or harm * _caution(job, spread) <= ceiling
         now = Solved(
             slots=slots,
             weights=weights,
@@ -151,6 +162,13 @@ def plan_and_solve(job: Job) -> Solved:
     return found
 
 
+def _caution(job: Job, spread: float) -> float:
+    """How far below a floor a plan aims, as a factor on its harm: the held-out test looks at an upper limit, and the
+    check that steers the plan has an error of its own; both grow with the harm."""
+    cautious: float = 1 + spread * (1.7 / len(job.heldout) ** 0.5 + 1 / len(job.check) ** 0.5)
+    return cautious
+
+
 def _better(one: Solved, other: Solved, ceiling: float | None) -> bool:
     assert one.measured is not None
     assert other.measured is not None
@@ -160,19 +178,19 @@ def _better(one: Solved, other: Solved, ceiling: float | None) -> bool:
 def measure(
     job: Job, slots: Sequence[Slot], weights: Mapping[str, Weight], plan: Plan, prices: Prices, before: torch.Tensor
 ) -> tuple[float, Prices, float]:
-    """(mean harm of the whole plan on the check windows, prices rescaled group by group, its standard error)."""
+    """Mean harm of the plan on the check windows, prices rescaled group by group, the harm's deviation over windows."""
     groups = sorted({slot.group for slot in slots}, reverse=True)  # "embedding" first: it alone, then all
-    harm, error, so_far = 0.0, 0.0, 0.0
+    harm, deviation, so_far = 0.0, 0.0, 0.0
     for index in range(len(groups)):
         part = [slot for slot in slots if slot.group in groups[: index + 1]]
         name = digest(weights, part)
         with standing_in(job.model.module, part, weights):
             after = job.scores("checking the plan", name, job.model.module, job.check, exact=False)
         each = job.task.harm(before, after).double()
-        harm, error = float(each.mean()), float(each.std() / len(each) ** 0.5)
+        harm, deviation = float(each.mean()), float(each.std())
         prices = prices.learn(groups[index], harm - so_far, plan.damage[groups[index]])
         so_far = harm
-    return harm, prices, error
+    return harm, prices, deviation
 
 
 def _certificate(plan: Plan, choices: int, rounds: int) -> Certificate:
@@ -207,11 +225,6 @@ def _limits(job: Job, prices: Prices, slots: Sequence[Slot], reference: int) -> 
     }
     allowed: dict[str, int | float] = {}
     for budget in job.budgets:
-        if budget.resource not in originals:
-            raise OptionError(
-                f"fit: no lever is planned against {budget.resource} yet; give bytes, params or flops and check "
-                f"{budget.resource} with `pennyweight measure`"
-            )
         allowed[budget.resource] = budget.limit_for(originals[budget.resource])
     return allowed
 

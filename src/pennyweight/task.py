@@ -55,6 +55,9 @@ class Task(Protocol):
     def effect_of(self, harm: float) -> float:
         """Mean harm as people read it."""
 
+    def check(self, floor: Floor) -> None:
+        """OptionError where ``floor`` is on another metric."""
+
     def harm_of(self, floor: Floor, before: Tensor) -> float:
         """The mean harm that ``floor`` just allows."""
 
@@ -85,9 +88,11 @@ class LanguageModeling:
     def effect_of(self, harm: float) -> float:
         return math.exp(harm)
 
-    def harm_of(self, floor: Floor, before: Tensor) -> float:
+    def check(self, floor: Floor) -> None:
         if floor.metric not in ("perplexity", "loss"):
             raise OptionError(f"floor {floor}: a language model is fitted against perplexity; give {Floor.example()}")
+
+    def harm_of(self, floor: Floor, before: Tensor) -> float:
         figure = math.exp(float(before.double().mean()))
         if floor.metric == "loss":
             return floor.limit_for(math.log(figure)) - math.log(figure)
@@ -127,9 +132,11 @@ class Embedding:
     def effect_of(self, harm: float) -> float:
         return 1 - harm
 
-    def harm_of(self, floor: Floor, before: Tensor) -> float:
+    def check(self, floor: Floor) -> None:
         if floor.metric != "cosine":
             raise OptionError(f"floor {floor}: an encoder is fitted against its own embeddings; give cosine>=0.99")
+
+    def harm_of(self, floor: Floor, before: Tensor) -> float:
         return 1 - floor.bound
 
     def judge(self, floor: Floor, before: Tensor, after: Tensor) -> Verdict:

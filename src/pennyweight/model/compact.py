@@ -1,0 +1,305 @@
+"""Compact layers on disk: what ``weights.json`` says, and how it is laid over a model again.
+
+``model.safetensors`` holds every tensor once under its module path; ``weights.json`` holds the structure of each
+compact layer (structures that repeat, once), which layers share one weight, and the SHA-256 of the header it belongs
+to, so that files of two runs are never mixed unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.errors import ModelError, PennyweightError, ShapeError
+from pennyweight.model import anatomy
+from pennyweight.model.checkpoint import Checkpoint
+from pennyweight.model.experts import SplitExperts, split_experts
+from pennyweight.weights import Weight, rebuild, structure
+
+WEIGHTS = "weights.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which layers of a model are compact, and how.
+
+    Attributes:
+        structures: by module path, what `weights.structure` gave; tied layers are left out.
+        tied: module path to the path of an earlier layer that holds the same weight.
+        shared: further names of tensors that are stored once, outside of tied layers.
+        split: paths of stacked experts that were taken apart (`experts.split_experts`).
+    """
+
+    structures: Mapping[str, Mapping[str, Any]]
+    tied: Mapping[str, str]
+    shared: Mapping[str, str]
+    split: tuple[str, ...]
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of all compact layers."""
+        return [*self.structures, *self.tied]
+
+
+def compact_layers(module: nn.Module) -> dict[str, Weight]:
+    """The weight of every compact layer by module path, in order."""
+    return {
+        path: weight
+        for path, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(weight := getattr(layer, "weight", None), Weight) and not isinstance(layer, Weight)
+    }
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """The layout of a model in memory."""
+    structures, tied, first = {}, {}, dict[int, str]()
+    for path, weight in compact_layers(module).items():
+        if id(weight) in first:
+            tied[path] = first[id(weight)]
+        else:
+            first[id(weight)] = path
+            structures[path] = structure(weight)
+    inside = tuple(f"{path}.weight." for path in tied)
+    shared = {name: to for name, to in stored_tensors(module)[1].items() if not name.startswith(inside)}
+    split = tuple(path for path, layer in module.named_modules() if isinstance(layer, SplitExperts))
+    return Layout(structures, tied, shared, split)
+
+
+def dump(layout: Layout, headers: Mapping[str, str]) -> str:
+    """The text of ``weights.json``; ``headers`` gives the SHA-256 of each file's header."""
+    forms: dict[str, int] = {}
+    layers = {}
+    for path, found in layout.structures.items():
+        layers[path] = forms.setdefault(json.dumps(found, separators=(",", ":")), len(forms))
+    found = {
+        "format": "pennyweight",
+        "version": VERSION,
+        "headers": dict(headers),
+        "forms": [json.loads(form) for form in forms],
+        "layers": layers,
+        **({"tied": dict(layout.tied)} if layout.tied else {}),
+        **({"shared": dict(layout.shared)} if layout.shared else {}),
+        **({"split_experts": list(layout.split)} if layout.split else {}),
+    }
+    return json.dumps(found, separators=(",", ":"), allow_nan=False)
+
+
+def read_layout(checkpoint: Checkpoint) -> Layout:
+    """The layout beside ``checkpoint``.
+
+    Raises:
+        ModelError: damaged, of a newer version, or written for other tensors.
+    """
+    path = checkpoint.directory / WEIGHTS
+    if not path.is_file():
+        raise ModelError(
+            f"{path}: missing, and without it the tensors beside it mean nothing; copy the whole directory"
+        )
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if found["format"] != "pennyweight":
+            raise ValueError(f"format {found['format']!r}")
+        if type(found["version"]) is not int or found["version"] > VERSION:
+            raise ModelError(
+                f"{path}: version {found['version']!r}; this Pennyweight reads up to {VERSION}; upgrade it"
+            )
+        headers, forms, layers = dict(found["headers"]), list(found["forms"]), dict(found["layers"])
+        if not all(type(index) is int and 0 <= index < len(forms) for index in layers.values()):
+            raise ValueError("a layer of a form that is not there")
+        structures = {name: dict(forms[index]) for name, index in layers.items()}
+        tied, shared = dict(found.get("tied", {})), dict(found.get("shared", {}))
+        split = tuple(found.get("split_experts", ()))
+        if not all(isinstance(name, str) for name in (*split, *shared.values())):
+            raise ValueError("names that are not text")
+        if not all(isinstance(to, str) and to in structures and name not in structures for name, to in tied.items()):
+            raise ValueError("tied layers that do not lead to another layer")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, PennyweightError):
+            raise
+        raise ModelError(f"{path}: damaged ({type(error).__name__}: {error}); fit again, or copy it again") from error
+    for file, header in checkpoint.headers.items():
+        if headers.get(file.name) != header.sha256:
+            raise ModelError(
+                f"{path}: belongs to another {file.name}; the two come from different runs, copy both again"
+            )
+    return Layout(structures, tied, shared, split)
+
+
+class Overlay:
+    """Lays compact layers over the dense skeleton of a model, before and after its other tensors are loaded.
+
+    Between `strip` and `attach` the skeleton lacks the tensors that the file holds in compact form, so that nobody
+    allocates or initializes them.
+
+    Args:
+        checkpoint: holds the tensors.
+        layout: says what they make.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layout: Layout) -> None:
+        self.checkpoint, self.layout = checkpoint, layout
+        self._where = str(checkpoint.directory / WEIGHTS)
+        self._paths = set(layout.paths)
+        self._taken: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._read: dict[str, Tensor] = {}
+
+    def owns(self, name: str) -> bool:
+        """Whether tensor ``name`` of the file is read here, and by nobody else."""
+        parts = name.split(".")
+        inside = any(part == "weight" and ".".join(parts[:at]) in self._paths for at, part in enumerate(parts))
+        return inside or self._in_split(name)
+
+    def rest(self) -> dict[str, Tensor]:
+        """The tensors that are not read here, tied ones under each of their names."""
+        found = {name: self.checkpoint.read(name) for name in self.checkpoint.names() if not self.owns(name)}
+        return found | {name: found[first] for name, first in self.layout.shared.items() if first in found}
+
+    def strip(self, module: nn.Module) -> None:
+        """Take the parameters that compact layers stand for off the skeleton.
+
+        Raises:
+            ModelError: a compact layer has no place in ``module``.
+        """
+        for path in self.layout.paths:
+            at = None if self._in_split(path) else self._find(module, path)
+            if at is not None:
+                self._take(module.get_submodule(at), "weight")
+        for path in self.layout.split:
+            stacked = module.get_submodule(self._find(module, path) or "")
+            for name, _ in list(stacked.named_parameters(recurse=False)):
+                self._take(stacked, name)
+
+    def attach(self, module: nn.Module) -> None:
+        """Put every compact layer in its place.
+
+        Raises:
+            ModelError: tensors are missing or do not fit.
+            FormError: a structure that cannot be rebuilt.
+        """
+        for layer, name, parameter in self._taken:
+            layer._parameters[name] = parameter
+        if self.layout.split:
+            split_experts(module)
+            for path in self.layout.split:
+                self._fill(path, module.get_submodule(self._find(module, path) or ""))
+        made: dict[str, Weight] = {}
+        for path in self.layout.paths:
+            at = self._find(module, path)
+            if at is None:
+                continue  # a head, and the model was opened without one
+            source = self.layout.tied.get(path, path)
+            if source not in made:
+                made[source] = self._weight(source)
+            if getattr(module.get_submodule(at), "weight", None) is not made[source]:
+                self._replace(module, at, made[source])
+
+    def _in_split(self, name: str) -> bool:
+        return any(name.startswith(f"{path}.") for path in self.layout.split)
+
+    def _take(self, layer: nn.Module, name: str) -> None:
+        parameter = layer._parameters.pop(name, None)
+        if parameter is None:
+            raise ModelError(f"{self._where}: {type(layer).__name__} has no parameter {name!r} to replace")
+        layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing is left of it to initialize
+        self._taken.append((layer, name, parameter))
+
+    def _find(self, module: nn.Module, path: str) -> str | None:
+        """``path`` in ``module``, which may be the bare model inside the one that was saved, or around it."""
+        prefix = getattr(module, "base_model_prefix", "")
+        candidates = [path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"] if prefix else [path]
+        for candidate in candidates:
+            try:
+                module.get_submodule(candidate)
+            except AttributeError:
+                continue
+            return candidate
+        if not hasattr(module, "get_output_embeddings") or self._in_split(path):
+            raise ModelError(f"{self._where}: the model has no layer {path}")
+        return None
+
+    def _fill(self, path: str, experts: nn.Module) -> None:
+        """Read the dense tensors of split experts, saved below ``path``."""
+        for inner, layer in experts.named_modules():
+            at = f"{path}.{inner}"
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                if name == "weight" and at in self._paths:
+                    continue
+                tensor = self.checkpoint.read(f"{at}.{name}")
+                if tensor.shape != parameter.shape:
+                    there, wanted = tuple(tensor.shape), tuple(parameter.shape)
+                    raise ModelError(
+                        f"{self.checkpoint.directory}: {at}.{name} is {there}, config.json asks for {wanted}"
+                    )
+                setattr(layer, name, nn.Parameter(tensor.to(parameter.dtype)))
+
+    def _weight(self, path: str) -> Weight:
+        begin = f"{path}.weight."
+        names = [name for name in (*self.checkpoint.names(), *self.layout.shared) if name.startswith(begin)]
+        tensors = {name.removeprefix(begin): self._tensor(name) for name in names}
+        return rebuild(self.layout.structures[path], tensors, where=f"{self._where}: {path}")
+
+    def _tensor(self, name: str) -> Tensor:
+        """Tensor ``name``; layers that share it get the same memory."""
+        first = self.layout.shared.get(name, name)
+        if first not in self._read:
+            tensor = self.checkpoint.read(first)
+            if first not in self.layout.shared.values():
+                return tensor
+            self._read[first] = tensor
+        return self._read[first]
+
+    def _replace(self, module: nn.Module, path: str, weight: Weight) -> None:
+        try:
+            anatomy.replace(module, path, weight)
+        except (ModelError, ShapeError) as error:
+            raise ModelError(f"{self._where}: {error}") from error
+
+
+def untie(module: nn.Module, paths: set[str]) -> None:
+    """Make a ``transformers`` model forget that it ties the weights of the layers at ``paths``: sharing one `Weight`
+    ties them already, and there is no tensor to copy."""
+    gone = {f"{path}.weight" for path in paths}
+    for at, model in module.named_modules():
+        begin = f"{at}." if at else ""
+        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+            keys = getattr(model, attribute, None)
+            if isinstance(keys, dict):
+                left = {
+                    target: source
+                    for target, source in keys.items()
+                    if f"{begin}{target}" not in gone and f"{begin}{source}" not in gone
+                }
+                setattr(model, attribute, left)
+
+
+def stored_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of the state dict under its first name, and the other names of those that have more than one."""
+    first: dict[tuple[Any, ...], str] = {}
+    tensors, shared = {}, {}
+    for name, tensor in module.state_dict().items():
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if key in first:
+            shared[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor
+    return tensors, shared
+
+
+def is_compact(directory: Path) -> bool:
+    """Whether ``directory`` was written with compact layers."""
+    return (directory / WEIGHTS).is_file()
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype that the uncompressed part of ``module`` computes in: of its first such parameter, else float32."""
+    inside = {id(parameter) for weight in compact_layers(module).values() for parameter in weight.parameters()}
+    outside = (p for p in module.parameters() if p.is_floating_point() and id(p) not in inside)
+    return next((parameter.dtype for parameter in outside), torch.float32)
