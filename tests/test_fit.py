@@ -161,6 +161,34 @@ def test_contenders_are_compared_at_one_budget(model: Path, text: Path) -> None:
         compare(model, ["quantize.rtn"], data=text, settings=toys.QUICK)
 
 
+def test_repair_lowers_the_harm_within_the_budget_and_says_so(model: Path, text: Path, tmp_path: Path) -> None:
+    options = {"data": text, "budgets": ["36%"], "settings": toys.QUICK}
+    plain = fit(model, out=tmp_path / "plain", **options)
+    mended = fit(model, out=tmp_path / "mended", time="8s", **options)
+    assert mended.receipt.budgets[0].holds
+    assert "repair: " in mended.receipt.notes[0]
+    assert "thrown away" not in mended.receipt.notes[0]
+    first, second = (each.receipt.figures[0].ratio for each in (plain, mended))
+    assert first is not None
+    assert second is not None
+    assert second.value - 1 < 0.9 * (first.value - 1)
+
+
+def test_factors_fold_into_scales() -> None:
+    from pennyweight.levers.quantize.entropy import Entropy
+    from pennyweight.repair import with_factors
+    from pennyweight.statistics import Statistics
+    from pennyweight.weights import Dense
+
+    weight = Entropy(bits=4.0).solve(Dense(torch.randn(40, 60)), Statistics(1, torch.eye(60)))
+    factor = torch.rand(40) + 0.5
+    for each in (weight, Dense(torch.randn(40, 60))):
+        torch.testing.assert_close(
+            with_factors(each, factor).dense(), factor[:, None] * each.dense(), rtol=2e-3, atol=0
+        )
+    assert with_factors(weight, factor).cost().bytes == weight.cost().bytes + 40
+
+
 def test_a_frontier_falls_with_bytes(model: Path, text: Path) -> None:
     found = frontier(model, data=text, shares=(0.7, 0.5, 0.4), measured=(0.5,), settings=toys.QUICK)
     effects = [point.effect for point in found.points]

@@ -54,6 +54,7 @@ class Solved:
         slots: the places that could change.
         weights: slot name -> compact weight.
         recipe: what made them.
+        tensors: other parameters that were changed, by name.
         labels: slot name -> what made its weight, in a few words.
         spent: resource -> what it costs; bytes exactly as the files will be.
         allowed: resource -> budget in base units.
@@ -72,6 +73,7 @@ class Solved:
     spent: Mapping[str, int]
     allowed: Mapping[str, int | float] = field(default_factory=dict)
     planned: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     predicted: float | None = None
     measured: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
@@ -80,13 +82,15 @@ class Solved:
 
     @property
     def digest(self) -> str:
-        """A hash of the weights."""
-        return digest(self.weights, self.slots)
+        """A hash of all that changed."""
+        return digest(self.weights, self.slots, self.tensors)
 
 
-def digest(weights: Mapping[str, Weight], slots: Sequence[Slot]) -> str:
-    """A hash of these weights in these slots."""
+def digest(weights: Mapping[str, Weight], slots: Sequence[Slot], others: Mapping[str, Tensor] | None = None) -> str:
+    """A hash of these weights in these slots, and of other tensors by name."""
     found = hashlib.sha256()
+    for name, tensor in sorted((others or {}).items()):
+        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
     for slot in slots:
         if slot.name in weights:
             for name, tensor in weights[slot.name].state_dict().items():
@@ -167,6 +171,9 @@ def install(module: torch.nn.Module, solved: Solved) -> None:
     for slot in solved.slots:
         if slot.name in solved.weights:
             anatomy.replace(module, slot.map.path, solved.weights[slot.name])
+    for name, tensor in solved.tensors.items():
+        parameter = module.get_parameter(name)
+        parameter.data = tensor.to(parameter.dtype)
 
 
 def _figures(job: Job, solved: Solved) -> Figures:
@@ -174,7 +181,7 @@ def _figures(job: Job, solved: Solved) -> Figures:
     before = job.scores("measuring the original", "original", module, job.heldout, exact=True)
     with job.stage("samples"):
         first = continuations(job.model)
-    with standing_in(module, solved.slots, solved.weights):
+    with standing_in(module, solved.slots, solved.weights, solved.tensors):
         after = job.scores("measuring the fit", solved.digest, module, job.heldout, exact=True)
         with job.stage("samples"):
             second = continuations(job.model)

@@ -24,6 +24,8 @@ from pennyweight.plan.rounds import Plan, Prices, label_of
 from pennyweight.plan.slots import Slot, slots_of
 from pennyweight.receipt import Certificate
 from pennyweight.recipe import Recipe
+from pennyweight.repair import repair as mend
+from pennyweight.repair import reserved_bytes
 from pennyweight.safe_write import check_free
 from pennyweight.task import task_of
 from pennyweight.units import Budget, Floor, parse_seconds, show_bytes
@@ -112,11 +114,29 @@ def fit(
 
         return estimate(job)
     assert out is not None
-    return finish(job, plan_and_solve(job), Path(out), overwrite=overwrite or resume)
+    mending = seconds if repair is not False else None
+    solved = plan_and_solve(job, mending=mending is not None)
+    if mending is not None:
+        solved = with_exact_bytes(job, mend(job, solved, mending))
+    return finish(job, solved, Path(out), overwrite=overwrite or resume)
 
 
-def plan_and_solve(job: Job) -> Solved:
-    """The rounds of the main job; see the module's text."""
+def with_exact_bytes(job: Job, solved: Solved) -> Solved:
+    """``solved`` with the bytes its files will have, once more within the budget."""
+    with installed(job.model.module, solved.slots, solved.weights):
+        written = file_bytes(job.model)
+    if written > solved.allowed.get("bytes", written):
+        raise BudgetError(f"repair: {written:,} bytes are over the budget; this is a bug, fit with --no-repair")
+    return replace(solved, spent={**solved.spent, "bytes": written})
+
+
+def plan_and_solve(job: Job, *, mending: bool = False) -> Solved:
+    """The rounds of the main job; see the module's text.
+
+    Args:
+        job: what was asked.
+        mending: leave room for the scales that a repair adds.
+    """
     reference = bf16_bytes(job.model)
     statistics = job.statistics()
     slots = slots_of(job.model.anatomy, statistics)
@@ -129,6 +149,8 @@ def plan_and_solve(job: Job) -> Solved:
     spread, found = _SPREAD, None
     for number in range(1, ROUNDS + 1):
         room = {name: int(limit) for name, limit in allowed.items()}
+        if mending and "bytes" in room:
+            room["bytes"] -= reserved_bytes(slots)
         plan = prices.plan(slots, offers, room, None if ceiling is None else ceiling / _caution(job, spread))
         predicted = plan.choice.damage
         weights = job.solve(slots, plan)

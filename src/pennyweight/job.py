@@ -201,10 +201,19 @@ class Job:
 
 
 @contextmanager
-def standing_in(module: torch.nn.Module, slots: Sequence[Slot], solved: Mapping[str, Weight]) -> Iterator[None]:
-    """For a while the model computes with the solved matrices, dense, in place of its own."""
+def standing_in(
+    module: torch.nn.Module,
+    slots: Sequence[Slot],
+    solved: Mapping[str, Weight],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """For a while the model computes with the solved matrices, dense, and with ``tensors`` in place of its own."""
     kept: list[tuple[torch.nn.Parameter, Tensor]] = []
     try:
+        for name, tensor in (tensors or {}).items():
+            parameter = module.get_parameter(name)
+            kept.append((parameter, parameter.data))
+            parameter.data = tensor.to(parameter.dtype)
         for slot in slots:
             if slot.name in solved:
                 layer = module.get_submodule(slot.map.path)

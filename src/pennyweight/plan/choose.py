@@ -12,8 +12,11 @@ the hull that `frontier` follows); Q. Huangfu and J. Hall, "Parallelizing the du
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -159,10 +162,11 @@ def choose(
         constraints.append(LinearConstraint(csr_matrix(damage / scale), -np.inf, most_damage / scale))
     objective = damage if minimize == "damage" else costs[minimize]
     unit = float(np.abs(objective).max()) or 1.0
-    found = milp(
-        objective / unit, constraints=constraints, integrality=np.ones(len(flat)), bounds=Bounds(0, 1),
-        options={"time_limit": seconds, "mip_rel_gap": gap, "presolve": True},
-    )  # fmt: skip
+    with _hushed():
+        found = milp(
+            objective / unit, constraints=constraints, integrality=np.ones(len(flat)), bounds=Bounds(0, 1),
+            options={"time_limit": seconds, "mip_rel_gap": gap, "presolve": True},
+        )  # fmt: skip
     if found.x is None:
         raise BudgetError(_useful_no(problem, budgets, most_damage))
     pick = _within(problem, _pick(problem, kept, found.x), budgets)
@@ -181,6 +185,21 @@ def choose(
     return Choice(
         pick, problem.damage(pick), {name: problem.total(pick, name) for name in problem.resources()}, certificate
     )
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Nothing on standard output: HiGHS prints lines of its heuristics there whatever ``disp`` says."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def frontier(problem: Problem, resource: str = "bytes") -> list[tuple[int, float, Pick]]:

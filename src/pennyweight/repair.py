@@ -1,0 +1,241 @@
+"""Repair: tune what is cheap to store of a fitted language model against the original, for a stated time.
+
+A factor for every output of every compact matrix and the weights of the norms are trained end to end on the KL
+divergence from the original's next-token distribution; codes stay as they are, so backward passes need no weight
+gradients. The factors fold into the scales that are stored anyway.
+
+The number of steps is settled once, from the time of the first ones, and kept in the journal with regular checkpoints,
+so that a killed repair goes on and ends the same. A repair that does not help on the check windows is thrown away.
+
+Source: M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
+arXiv:2407.11062 (tuning scales end to end with fixed codes). Differs from the source: output scales only, norms too,
+and the original's distribution in place of the text's next tokens.
+
+Shape letters: M out features, N in features; B windows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pennyweight.data import windows
+from pennyweight.errors import DataError, OptionError
+from pennyweight.finish import Solved
+from pennyweight.job import Job, standing_in
+from pennyweight.journal import Journal
+from pennyweight.plan.slots import Slot
+from pennyweight.weights import Diagonal, Product, Weight
+from pennyweight.weights.entropy import EntropyCoded, scale_values
+
+_BATCH = 2  # windows a step
+_PROBE = 3  # steps whose time settles how many there will be; the first is a warm-up
+_CHECKPOINT = 25
+_RATE = 2e-3  # of the factors, which are near one; norms get half of it
+_SHARE = 0.85  # of the time goes into steps; the rest scores what they did
+
+
+class Tuned(nn.Module):
+    """A frozen matrix with one trained factor an output: (..., N) -> (..., M)."""
+
+    def __init__(self, matrix: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.bias = bias
+        self.factor = nn.Parameter(torch.ones(matrix.shape[0]))
+
+    matrix: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.linear(x.to(self.matrix.dtype), self.matrix) * self.factor.to(self.matrix.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def repair(job: Job, solved: Solved, seconds: float) -> Solved:
+    """``solved`` with its scales and the model's norms tuned for about ``seconds``; itself when that does not help.
+
+    Raises:
+        OptionError: a model that is no causal language model.
+    """
+    if job.model.kind != "causal-lm":
+        raise OptionError(f"repair: tunes causal language models, and {job.model.name} is of kind {job.model.kind}")
+    slots = [slot for slot in solved.slots if slot.group == "blocks" and slot.name in solved.weights]
+    text = _text(job)
+    with job.stage("repair"):
+        student, tuned, norms = _student(job, solved, slots)
+        trained = {f"{name}.factor": layer.factor for name, layer in tuned.items()} | norms
+        run = _Run(job, solved, student, trained, text)
+        run.go(seconds)
+    weights = dict(solved.weights)
+    for slot in slots:
+        weights[slot.name] = with_factors(weights[slot.name], tuned[slot.name].factor.detach())
+    tensors = {name: value.detach().half().to(value.dtype) for name, value in norms.items()}
+    mended = replace(solved, weights=weights, tensors=tensors)
+    before = job.scores("baseline", "original", job.model.module, job.check, exact=False)
+    with standing_in(job.model.module, mended.slots, mended.weights, mended.tensors):
+        after = job.scores("checking the repair", mended.digest, job.model.module, job.check, exact=False)
+    harm = float(job.task.harm(before, after).double().mean())
+    assert solved.measured is not None
+    note = f"repair: {run.steps} steps of {_BATCH * text.shape[1]} tokens, {job.task.metric} on check windows "
+    note += f"{job.task.effect_of(solved.measured):.4f} before and {job.task.effect_of(harm):.4f} after"
+    if harm >= solved.measured:
+        return replace(solved, notes=(*solved.notes, f"{note}: thrown away"))
+    return replace(mended, measured=harm, notes=(*solved.notes, note))
+
+
+def reserved_bytes(slots: Sequence[Slot]) -> int:
+    """What factors can add to the files: two bytes an output for a scale of its own (and its entry in the header)."""
+    return sum(2 * slot.map.shape[0] + 256 for slot in slots if slot.group == "blocks")
+
+
+def with_factors(weight: Weight, factor: Tensor) -> Weight:
+    """``weight`` with its outputs multiplied by ``factor`` (M,), kept in 16 bits."""
+    if isinstance(weight, EntropyCoded) and not weight.transposed:
+        scale = (scale_values(weight.row_scale) * factor).half()
+        stored = {name: getattr(weight, name) for name in weight.tensors} | {"row_scale": scale}
+        return EntropyCoded(**stored, step=weight.step, lowest=weight.lowest, edges=weight.edges, codes=weight.codes)
+    return Product(Diagonal(factor.half()), weight)
+
+
+def _text(job: Job) -> Tensor:
+    """(B, T) calibration windows: as many as there are up to 1024, those of the check left out."""
+    s = job.settings
+    taken = {tuple(window.tolist()) for window in job.check}
+    count = 1024
+    while count >= s.statistics:
+        try:
+            found = windows(
+                job.data, job.model.need_tokenizer(), part="calibration", length=s.length, count=count, seed=s.seed
+            )
+            return torch.stack([window for window in found if tuple(window.tolist()) not in taken])
+        except DataError:
+            count //= 2
+    return job.calibration[: s.statistics]
+
+
+def _student(
+    job: Job, solved: Solved, slots: Sequence[Slot]
+) -> tuple[nn.Module, dict[str, Tuned], dict[str, nn.Parameter]]:
+    """The model with the solved matrices frozen in bfloat16, its factors, and its norms by parameter name."""
+    with standing_in(job.model.module, solved.slots, solved.weights):
+        student = copy.deepcopy(job.model.module)
+    tuned = {}
+    for slot in slots:
+        layer = student.get_submodule(slot.map.path)
+        bias = getattr(layer, "bias", None)
+        tuned[slot.name] = Tuned(solved.weights[slot.name].dense().detach().bfloat16(), bias)
+        student.set_submodule(slot.map.path, tuned[slot.name])
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    wanted = tuple(f"{path}." for path in job.model.anatomy.norms)
+    norms = {name: value for name, value in student.named_parameters() if name.startswith(wanted)}
+    for layer in tuned.values():
+        layer.factor.requires_grad_(True)
+    for value in norms.values():
+        value.requires_grad_(True)
+    return student, tuned, norms
+
+
+class _Run:
+    """The loop of a repair, its journal and its optimizer."""
+
+    def __init__(
+        self, job: Job, solved: Solved, student: nn.Module, trained: Mapping[str, nn.Parameter], text: Tensor
+    ) -> None:
+        self.job, self.student, self.trained, self.text = job, student, trained, text
+        self.steps = 0
+        self.identity = {**job.identity, "weights": solved.digest}
+        factors = [value for name, value in trained.items() if name.endswith(".factor")]
+        norms = [value for name, value in trained.items() if not name.endswith(".factor")]
+        groups = [{"params": factors, "lr": _RATE}, {"params": norms, "lr": _RATE / 2}]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def go(self, seconds: float) -> None:
+        """Train for about ``seconds``, going on from the last checkpoint."""
+        plan = Journal.key("repair-steps", seconds=seconds, **self.identity)
+        if not self.job.journal.done(plan):
+            self.job.journal.store(plan, meta={"steps": self._affordable(seconds)})
+        total = int(self.job.journal.load(plan).meta["steps"])
+        keys = [
+            Journal.key("repair", step=step, total=total, **self.identity)
+            for step in (*range(_CHECKPOINT, total, _CHECKPOINT), total)
+        ]
+        ends = [*range(_CHECKPOINT, total, _CHECKPOINT), total]
+        for key, end in zip(reversed(keys), reversed(ends), strict=True):
+            if self.job.journal.done(key):
+                self._load(self.job.journal.load(key).tensors)
+                self.steps = end
+                break
+        batches = self._batches(total)
+        for step, ids in enumerate(batches):
+            if step < self.steps:
+                continue
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / total))
+            self._step(ids)
+            self.steps = step + 1
+            self.job.progress("repair", self.steps, total)
+            if self.steps in ends:
+                self._load(self.job.journal.store(keys[ends.index(self.steps)], self._state()).tensors)
+
+    def _affordable(self, seconds: float) -> int:
+        """Steps that fit, from the time of some that are then undone."""
+        kept = {name: value.detach().clone() for name, value in self.trained.items()}
+        batches, took = self._batches(_PROBE), 0.0
+        for ids in batches:
+            began = time.perf_counter()
+            self._step(ids)
+            took = time.perf_counter() - began
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(kept[name])
+        self.optimizer.state.clear()
+        return max(1, int(_SHARE * seconds / took) - _PROBE)
+
+    def _batches(self, total: int) -> Iterator[Tensor]:
+        """The windows of each step, drawn without replacement epoch after epoch."""
+        g = torch.Generator().manual_seed(self.job.settings.seed)
+        order: list[int] = []
+        for _ in range(total):
+            if len(order) < _BATCH:
+                order += torch.randperm(len(self.text), generator=g).tolist()
+            yield self.text[order[:_BATCH]]
+            del order[:_BATCH]
+
+    def _step(self, ids: Tensor) -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            teacher = self.job.model.module(input_ids=ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            student = self.student(input_ids=ids).logits
+        # in pieces: whole float32 copies of (B*T, V) logits are what memory goes on
+        loss = torch.zeros(())
+        pieces = zip(teacher.flatten(0, 1).split(256), student.flatten(0, 1).split(256), strict=True)
+        for p, q in pieces:
+            target = p.float().log_softmax(-1)
+            loss = loss + functional.kl_div(q.float().log_softmax(-1), target, reduction="sum", log_target=True)
+        self.optimizer.zero_grad()
+        (loss / ids.numel()).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
+        self.optimizer.step()
+
+    def _state(self) -> dict[str, Tensor]:
+        found = {name: value.detach() for name, value in self.trained.items()}
+        for name, value in self.trained.items():
+            for key, part in self.optimizer.state[value].items():
+                found[f"{name}|{key}"] = torch.as_tensor(part)
+        return found
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(tensors[name])
+                keys = [key for key in tensors if key.startswith(f"{name}|")]
+                self.optimizer.state[value] = {key.rpartition("|")[2]: tensors[key].clone() for key in keys}
