@@ -57,6 +57,7 @@ class Settings:
         gradients: windows run backward.
         check: windows that check plans.
         heldout: windows of held-out documents for the final figures.
+        repair_steps: steps of a repair; None takes as many as its time allows, which depends on the machine.
         seed: of every draw.
     """
 
@@ -65,6 +66,7 @@ class Settings:
     gradients: int = 8
     check: int = 12
     heldout: int = 32
+    repair_steps: int | None = None
     seed: int = 0
 
 

@@ -187,7 +187,9 @@ class _Run:
                 self._load(self.job.journal.store(keys[ends.index(self.steps)], self._state()).tensors)
 
     def _affordable(self, seconds: float) -> int:
-        """Steps that fit, from the time of some that are then undone."""
+        """Steps that fit, from the time of some that are then undone; unless their number was given."""
+        if self.job.settings.repair_steps is not None:
+            return self.job.settings.repair_steps
         kept = {name: value.detach().clone() for name, value in self.trained.items()}
         batches, took = self._batches(_PROBE), 0.0
         for ids in batches:
