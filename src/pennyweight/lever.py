@@ -247,6 +247,12 @@ def options_of(instance: Any) -> dict[str, Any]:
     return {f.name: value for f in dataclasses.fields(instance) if (value := getattr(instance, f.name)) != f.default}
 
 
+def needs_of(instance: Any) -> frozenset[str]:
+    """The statistics that a lever reads with these very options: its own ``needs`` where it has one, else its card's."""
+    own: frozenset[str] | None = getattr(instance, "needs", None)
+    return find(instance.lever_name).needs if own is None else own
+
+
 def candidates_of(card: Card, shape: tuple[int, int]) -> Iterator[Any]:
     """The settings of a lever worth offering the planner for a matrix of ``shape``; none when it declares none."""
     offer = getattr(card.cls, "candidates", None)
