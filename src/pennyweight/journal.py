@@ -19,8 +19,10 @@ ends bit-identical to one that was resumed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,13 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pennyweight.errors import OutputError
-from pennyweight.safe_write import output_errors, write_bytes
+from pennyweight.safe_write import output_errors, write_file
 
 _META = "pennyweight"
 
@@ -95,10 +96,8 @@ class Journal:
         """
         path = self._path(key)
         try:
-            data = path.read_bytes()
-            length = int.from_bytes(data[:8], "little")
-            meta = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_META])
-            return Unit(load_tensors(data), meta)
+            with safe_open(path, framework="pt") as file:  # tensor by tensor: a unit can be half a gigabyte
+                return Unit({name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[_META]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise OutputError(
                 f"{path}: this unit of the journal cannot be read ({' '.join(str(error).split())}); delete the file "
@@ -113,10 +112,9 @@ class Journal:
         Raises:
             OutputError: a full or read-only disk.
         """
-        # clones: safetensors refuses tensors that share memory, and a view would write its whole base
-        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in (tensors or {}).items()}
+        held = _apart(tensors or {})
         facts = json.dumps(dict(meta or {}), sort_keys=True)
-        write_bytes(self._path(key), save_tensors(held, metadata={_META: facts}))
+        write_file(self._path(key), lambda aside: _save(held, aside, facts))
         return Unit(held, json.loads(facts))
 
     def keys(self) -> Iterator[str]:
@@ -137,6 +135,28 @@ class Journal:
         assert not key.startswith("."), key
         assert "/" not in key, key
         return self.directory / f"{key}.safetensors"
+
+
+def _save(held: dict[str, Tensor], aside: str, facts: str) -> None:
+    try:
+        save_file(held, aside, metadata={_META: facts})
+    except SafetensorError as error:  # it hides the system's error in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory: safetensors refuses those, and a view would write its base."""
+    held: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        held[name] = plain
+    return held
 
 
 def _hashed(value: Any) -> Any:

@@ -69,15 +69,24 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     Raises:
         OutputError: a read-only or full disk; the old file is untouched.
     """
+
+    def fill(aside: str) -> None:
+        with open(aside, "wb") as file:
+            file.write(data)
+
+    write_file(path, fill)
+
+
+def write_file(path: str | Path, fill: Callable[[str], None]) -> None:
+    """Have ``fill`` write a file aside, sync it and put it at ``path`` in one step; see `write_bytes`."""
     path = Path(path)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            fill(aside)
+            _fsync(Path(aside))
             os.chmod(aside, 0o666 & ~_umask())
             os.replace(aside, path)
             _fsync_directory(path.parent)
