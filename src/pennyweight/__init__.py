@@ -1,8 +1,8 @@
 """Pennyweight: fit any model to a budget, and prove it.
 
 The verbs (`fit`, `measure`, `plan`, ...) and the rooms of the house are looked up on first use, so that importing the
-package loads neither torch nor transformers. A verb that shares its name with a room is both: ``pw.measure(model, data)``
-runs it, ``pw.measure.cost`` looks inside.
+package loads neither torch nor transformers. A verb that shares its name with a room is both:
+``pw.measure(model, data)`` runs it, ``pw.measure.cost`` looks inside.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pennyweight.model.loading import load
-    from pennyweight.model.saving import save
+    from pennyweight.model.loading import load as load
+    from pennyweight.model.saving import save as save
 
 __version__ = "0.1.0"
 

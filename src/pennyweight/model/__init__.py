@@ -10,18 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pennyweight.model.checkpoint import Checkpoint
-    from pennyweight.model.loading import load
+    from pennyweight.model.loading import load, restore
     from pennyweight.model.model import Model, bf16_bytes, parameters
+    from pennyweight.model.saving import Saved, file_bytes, save, saved_bytes
 
 _WHERE = {
     "Checkpoint": "checkpoint",
     "load": "loading",
+    "restore": "loading",
+    "Saved": "saving",
+    "file_bytes": "saving",
+    "save": "saving",
+    "saved_bytes": "saving",
     "Model": "model",
     "bf16_bytes": "model",
     "parameters": "model",
 }
 
-__all__ = ["Checkpoint", "Model", "bf16_bytes", "load", "parameters"]
+__all__ = [
+    "Checkpoint",
+    "Model",
+    "Saved",
+    "bf16_bytes",
+    "file_bytes",
+    "load",
+    "parameters",
+    "restore",
+    "save",
+    "saved_bytes",
+]
 
 
 def __getattr__(name: str) -> Any:

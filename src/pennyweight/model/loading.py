@@ -12,14 +12,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pennyweight.errors import ModelError, PennyweightError
-from pennyweight.model import assets, gguf_model
+from pennyweight.model import assets, compact, gguf_model
 from pennyweight.model.checkpoint import Checkpoint
 from pennyweight.model.gguf_file import GgufFile
 from pennyweight.model.model import Model, kind_of
+from pennyweight.transformers_plugin import METHOD
 from pennyweight.weights import check_finite
 
 _log = logging.getLogger(__name__)
@@ -113,8 +114,16 @@ def read_config(directory: Path) -> PreTrainedConfig:
 def _from_directory(directory: Path, dtype: torch.dtype, name: str) -> Model:
     config = read_config(directory)
     checkpoint = Checkpoint(directory)
-    tensors = {key: checkpoint.read(key) for key in checkpoint.names()}
+    if compact.is_compact(directory) or hasattr(config, "quantization_config"):
+        layout = compact.read_layout(checkpoint)
+        tensors = compact.Overlay(checkpoint, layout).rest()
+        if layout.paths or layout.split:
+            config.quantization_config = {"quant_method": METHOD, "directory": str(directory)}
+    else:
+        tensors = {key: checkpoint.read(key) for key in checkpoint.names()}
     module = build(config, tensors, dtype, str(directory))
+    if (directory / "generation_config.json").is_file() and module.can_generate():
+        module.generation_config = _generation_config(directory)
     tokenizer, why_not = _tokenizer(directory)
     return Model(module, tokenizer, name, kind_of(type(module).__name__), config, why_not)
 
@@ -163,8 +172,48 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], dtype: torch.dty
     if found["unexpected_keys"]:
         unexpected = sorted(found["unexpected_keys"])
         _log.warning("%s: %d tensors have no place in %s: %s", where, len(unexpected), architecture, unexpected[0])
+    if hasattr(module, "hf_quantizer"):
+        # only how it was opened: from here on it is a model like any other
+        module.hf_quantizer.remove_quantization_config(module)
+        for part in module.modules():
+            if isinstance(part, PreTrainedModel):
+                part.config.__dict__.pop("_is_quantized", None)
     built: PreTrainedModel = module.eval()
     return built
+
+
+def restore(module: nn.Module, directory: str | Path, *, name: str | None = None) -> Model:
+    """Load what `saving.save` wrote of a plain module back into a fresh one of the same class.
+
+    Args:
+        module: dense, as its class makes it; changed.
+        directory: holds ``model.safetensors`` and ``weights.json``.
+        name: what to call it.
+
+    Raises:
+        ModelError: damaged, or of another module.
+    """
+    checkpoint = Checkpoint(directory)
+    overlay = compact.Overlay(checkpoint, compact.read_layout(checkpoint))
+    overlay.strip(module)
+    overlay.attach(module)
+    rest, wanted = overlay.rest(), module.state_dict()
+    for key, tensor in rest.items():
+        if key not in wanted or wanted[key].shape != tensor.shape:
+            there = tuple(wanted[key].shape) if key in wanted else "nothing"
+            raise ModelError(f"{directory}: {key} is {tuple(tensor.shape)}, the module has {there} there")
+    missing = [key for key in module.load_state_dict(rest, strict=False).missing_keys if not overlay.owns(key)]
+    if missing:
+        raise ModelError(f"{directory}: {len(missing)} tensors of the module are missing, the first is {missing[0]}")
+    return of_module(module, name=name or Path(directory).name)
+
+
+def _generation_config(directory: Path) -> GenerationConfig:
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # damaged values raise whatever the class happens to raise
+        raise ModelError(f"{directory / 'generation_config.json'}: {_first_line(error)}") from error
+    return found
 
 
 def _tokenizer(directory: Path) -> tuple[Any, str]:

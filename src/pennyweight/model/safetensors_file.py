@@ -38,6 +38,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: what ``transformers`` wants to read in a header
+METADATA = {"format": "pt"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the official reader
 
@@ -155,7 +157,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, s
             raise ModelError(f"{name}: dtype {tensor.dtype} cannot be stored in safetensors; convert it")
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with open(path, "wb") as file:
-        head = header_bytes(kinds, metadata or {"format": "pt"})
+        head = header_bytes(kinds, METADATA if metadata is None else metadata)
         file.write(head)
         _write_all(file, (tensors[name] for name in file_order(kinds)))
     return read_header(path)
