@@ -149,7 +149,7 @@ class Job:
                     needs=frozenset({"second_moment", "gradient"}), gradient_tokens=s.gradients * s.length,
                     report=self.progress,
                 )  # fmt: skip
-                self.journal.store(key, *_flattened(found))
+                self.journal.put(key, *_flattened(found))
                 del found
             unit = self.journal.load(key)
             return _unflattened(unit.tensors, unit.meta)

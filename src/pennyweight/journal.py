@@ -104,10 +104,8 @@ class Journal:
                 "and resume: only its work is done again"
             ) from error
 
-    def store(
-        self, key: str, tensors: Mapping[str, Tensor] | None = None, meta: Mapping[str, Any] | None = None
-    ) -> Unit:
-        """Write the finished unit ``key`` and hand it back as `load` would; a kill leaves all of it or nothing.
+    def put(self, key: str, tensors: Mapping[str, Tensor] | None = None, meta: Mapping[str, Any] | None = None) -> None:
+        """Write the finished unit ``key``; a kill leaves all of it or nothing.
 
         Raises:
             OutputError: a full or read-only disk.
@@ -115,7 +113,13 @@ class Journal:
         held = _apart(tensors or {})
         facts = json.dumps(dict(meta or {}), sort_keys=True)
         write_file(self._path(key), lambda aside: _save(held, aside, facts))
-        return Unit(held, json.loads(facts))
+
+    def store(
+        self, key: str, tensors: Mapping[str, Tensor] | None = None, meta: Mapping[str, Any] | None = None
+    ) -> Unit:
+        """`put`, and hand the unit back as `load` finds it."""
+        self.put(key, tensors, meta)
+        return self.load(key)
 
     def keys(self) -> Iterator[str]:
         """Finished units, sorted by name."""
