@@ -1,1 +1,44 @@
+"""Training: a loop that resumes bit for bit, learning-rate schedules, optimizers, streams of samples."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pennyweight.train import optim, schedules
+    from pennyweight.train.distributed import processes
+    from pennyweight.train.loop import Trainer, next_token_loss
+    from pennyweight.train.optim import effective_step
+    from pennyweight.train.samples import Samples, byte_windows, two_stage
+
+_WHERE = {
+    "Samples": "samples",
+    "Trainer": "loop",
+    "byte_windows": "samples",
+    "effective_step": "optim",
+    "next_token_loss": "loop",
+    "processes": "distributed",
+    "two_stage": "samples",
+}
+_MODULES = ("optim", "schedules")
+
+__all__ = [
+    "Samples",
+    "Trainer",
+    "byte_windows",
+    "effective_step",
+    "next_token_loss",
+    "optim",
+    "processes",
+    "schedules",
+    "two_stage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -120,6 +120,14 @@ class GradualPruning:
         kept = sum(int(masked.mask.sum()) for masked in self._masked)
         return 1 - kept / sum(masked.mask.numel() for masked in self._masked)
 
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs beside the state of the layers, which holds the masks."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.steps = state["steps"]
+
     def finish(self) -> None:
         """Write the zeros into the weights and leave plain layers behind."""
         for layer in self.layers:
