@@ -53,7 +53,7 @@ def _remedy(error: OSError, path: Path) -> str:
         return f"cannot be written ({os.strerror(error.errno)}); choose another place or change its permissions"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return "a file stands where a directory is needed; choose another place"
-    return f"cannot be written ({error.strerror or error})"
+    return f"cannot be written ({error.strerror or error}); choose another place"
 
 
 def _free(path: Path) -> str:

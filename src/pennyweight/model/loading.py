@@ -153,7 +153,12 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], dtype: torch.dty
     try:
         with _quiet():
             module, found = cls.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
             )
     except PennyweightError:
         raise
