@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pennyweight.measure.measurement import Comparison, Figure, Measurement, measure
+    from pennyweight.measure.measurement import Comparison, Figure, Measurement
+    from pennyweight.measure.verb import measure
 
 __all__ = ["Comparison", "Figure", "Measurement", "measure"]
 
@@ -16,6 +17,10 @@ __all__ = ["Comparison", "Figure", "Measurement", "measure"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "measure":
+        from pennyweight.measure.verb import measure
+
+        return measure
     from pennyweight.measure import measurement
 
     return getattr(measurement, name)

@@ -94,10 +94,7 @@ def watch(module: nn.Module, found: Anatomy, sample: Sample) -> Seen:
     seen = Seen()
     with looking(module), _watching(module, found.whole, seen):
         try:
-            if isinstance(sample.inputs, Mapping):
-                output = module(**sample.inputs)
-            else:
-                output = module(*(sample.inputs if isinstance(sample.inputs, tuple) else (sample.inputs,)))
+            output = call(module, sample)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ModelError(
                 f"cost: {type(module).__name__} does not run on {sample.count} {sample.unit}(s) ({error}); "
@@ -105,6 +102,13 @@ def watch(module: nn.Module, found: Anatomy, sample: Sample) -> Seen:
             ) from error
     seen.cache = getattr(output, "past_key_values", None)
     return seen
+
+
+def call(module: nn.Module, sample: Sample) -> Any:
+    """The output of ``module`` on ``sample``."""
+    if isinstance(sample.inputs, Mapping):
+        return module(**sample.inputs)
+    return module(*(sample.inputs if isinstance(sample.inputs, tuple) else (sample.inputs,)))
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def paired_ratio(
     ``standard_error`` is that of the ratio (delta method).
     """
     shift = bootstrap(_differences(before, after), level=level, resamples=resamples, seed=seed)
-    return _exponential(shift)
+    return exponential(shift)
 
 
 def paired_difference(
@@ -230,13 +230,13 @@ def non_inferiority(
     return Verdict(
         holds=plain.holds,
         p_value=plain.p_value,
-        upper=math.exp(plain.upper),
+        upper=_exp(plain.upper),
         n=plain.n,
-        detectable=math.exp(plain.detectable),
-        estimate=math.exp(plain.estimate),
+        detectable=_exp(plain.detectable),
+        estimate=_exp(plain.estimate),
         margin=ratio,
         needed=plain.needed,
-        resampled_upper=None if plain.resampled_upper is None else math.exp(plain.resampled_upper),
+        resampled_upper=None if plain.resampled_upper is None else _exp(plain.resampled_upper),
         unit="ratio",
     )
 
@@ -323,7 +323,7 @@ def tied(first: Samples, second: Samples, margin: float = 1.01, *, level: float 
         outcome = "tied"
     elif p_different < 1 - level:
         outcome = "first" if difference.mean() > 0 else "second"
-    ratio = _exponential(bootstrap(difference, level=2 * level - 1, seed=seed))
+    ratio = exponential(bootstrap(difference, level=2 * level - 1, seed=seed))
     return Tie(outcome, ratio, p_equal, p_different, margin)
 
 
@@ -413,17 +413,14 @@ def _differences(before: Samples, after: Samples) -> Array:
     return second - first
 
 
-def _exponential(shift: Interval) -> Interval:
-    value = math.exp(shift.value)
-    return Interval(
-        value,
-        math.exp(shift.low),
-        math.exp(shift.high),
-        shift.level,
-        value * shift.standard_error,
-        shift.n,
-        shift.method,
-    )
+def exponential(log: Interval) -> Interval:
+    """The interval of ``exp(x)`` from that of x; the standard error by the delta method."""
+    value = _exp(log.value)
+    return Interval(value, _exp(log.low), _exp(log.high), log.level, value * log.standard_error, log.n, log.method)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
 
 
 def _at_least_two(values: Array) -> Array:
