@@ -14,9 +14,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, V
 import pennyweight
 from pennyweight.errors import DataError, ModelError
 from pennyweight.evaluate.perplexity import perplexity, token_losses
-from pennyweight.measure import Figure, Measurement, measure, roofline, verb
+from pennyweight.measure import Figure, Measurement, measure, measurement, roofline
 from pennyweight.measure.cost import cost
-from pennyweight.measure.measurement import FIGURES, SCHEMA
+from pennyweight.measure.figures import FIGURES, SCHEMA
 from pennyweight.measure.stats import Interval, paired_ratio
 from pennyweight.model.loading import load
 
@@ -50,8 +50,8 @@ def near(module, amount=0.02):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """A small machine, so that its roofs are found fast."""
-    monkeypatch.setattr(verb, "_PROMPT", 8)
-    monkeypatch.setattr(verb, "_WRITTEN", 4)
+    monkeypatch.setattr(measurement, "_PROMPT", 8)
+    monkeypatch.setattr(measurement, "_WRITTEN", 4)
     machine = roofline.Machine(1e11, 1e10, 2, "float32")
     monkeypatch.setattr(roofline, "this_machine", lambda dtype: machine)
 

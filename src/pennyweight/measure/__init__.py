@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pennyweight.measure.measurement import Comparison, Figure, Measurement
-    from pennyweight.measure.verb import measure
+    from pennyweight.measure.figures import Comparison, Figure, Measurement
+    from pennyweight.measure.measurement import measure
 
 __all__ = ["Comparison", "Figure", "Measurement", "measure"]
 
@@ -18,9 +18,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "measure":
-        from pennyweight.measure.verb import measure
+        from pennyweight.measure.measurement import measure
 
         return measure
-    from pennyweight.measure import measurement
+    from pennyweight.measure import figures
 
-    return getattr(measurement, name)
+    return getattr(figures, name)

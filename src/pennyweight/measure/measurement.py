@@ -1,287 +1,273 @@
-"""A measurement: figures with units and intervals, the samples behind them, and how they were taken."""
+"""Measuring a model: weighed, scored and timed by its kind."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from pennyweight.errors import DataError
-from pennyweight.measure.stats import Interval, paired_difference, paired_ratio
-from pennyweight.units import show_bytes, show_count, show_seconds
+import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from rich.table import Table
+import pennyweight
+from pennyweight.data.windowing import windows as draw
+from pennyweight.errors import DataError, ModelError
+from pennyweight.evaluate.agreement import agreement
+from pennyweight.evaluate.embedding import cosines, embed_windows
+from pennyweight.evaluate.forward import accepts, looking
+from pennyweight.evaluate.perplexity import Report, token_losses
+from pennyweight.measure import decoding, energy, latency, memory, probe, roofline
+from pennyweight.measure.cost import ModelCost, cost
+from pennyweight.measure.figures import Figure, Measurement, exact, sampled
+from pennyweight.measure.stats import Interval, bootstrap, exponential, paired_ratio
+from pennyweight.model import anatomy
+from pennyweight.model.loading import load
+from pennyweight.model.model import Model
 
-SCHEMA = "pennyweight.measurement/1"
+Source = Model | nn.Module | str | Path
+Figures = Iterator[tuple[str, Figure]]
 
-#: Every figure there is: key -> (title, unit, whether more is better; None where neither is).
-FIGURES: dict[str, tuple[str, str, bool | None]] = {
-    "bytes": ("stored size", "B", False),
-    "bytes_bf16": ("size in bf16", "B", None),
-    "params": ("parameters, non-embedding", "parameters", False),
-    "params_total": ("parameters, total", "parameters", False),
-    "flops": ("compute", "FLOPs", False),
-    "attention_flops": ("attention at full context", "FLOPs", False),
-    "bytes_read": ("weights read to decode a token", "B", False),
-    "activation_bytes": ("activations, at least", "B", False),
-    "kv_bytes_per_token": ("cache a token", "B", False),
-    "kv_bytes": ("cache at full context", "B", False),
-    "peak_memory": ("peak memory of a process", "B", False),
-    "loss": ("loss", "nats/token", False),
-    "perplexity": ("perplexity", "", False),
-    "perplexity_ratio": ("perplexity ratio to the reference", "x", False),
-    "kl": ("divergence from the reference", "nats/token", False),
-    "agreement": ("same next token as the reference", "share", True),
-    "cosine": ("cosine to the reference's embedding", "", True),
-    "latency": ("latency", "s", False),
-    "prefill": ("prefill", "tokens/s", True),
-    "decode": ("decode", "tokens/s", True),
-    "decode_bound": ("decode, roofline bound", "tokens/s", None),
-    "energy": ("energy a token", "J", False),
-}
+_PROMPT = 128
+_WRITTEN = 32
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure.
+class _Setting:
+    """How one measurement is taken."""
 
-    Attributes:
-        value: the number.
-        unit: "B", "parameters", "FLOPs", "nats/token", "tokens/s", "s", "J", "x" (a ratio), "share", or "" for none.
-        interval: around it; None for an exact figure, or one of a single run.
-        note: what it is of, or where it comes from, where the key does not say.
+    model: Model
+    ids: Tensor | None
+    context: int
+    batch: int
+    dtype: torch.dtype | None
+    report: Report | None
+
+
+def measure(
+    model: Source,
+    data: str | Path | Sequence[str] | Tensor | None = "wiki",
+    *,
+    reference: Source | None = None,
+    windows: int = 32,
+    length: int = 512,
+    batch: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    timed: bool = True,
+    peak: bool | None = None,
+    report: Report | None = None,
+) -> Measurement:
+    """What ``model`` costs and how good it is.
+
+    Language models are scored by the loss on held-out text; encoders by the cosine to the embeddings of ``reference``,
+    and language models compared with it too; other kinds are only weighed and timed.
+
+    Args:
+        model: anything that `model.load` takes, or a loaded model.
+        data: text (see `data.windows`), or windows of token ids (W, T); None for no quality.
+        reference: the original, over the same tokenizer.
+        windows: drawn from the held-out part of the text.
+        length: tokens of a window, and the context that cache and attention are given for; cut to what the model
+            takes.
+        batch: windows run together.
+        seed: of the draw.
+        dtype: of matrix products; None for that of the weights.
+        timed: whether to take times.
+        peak: whether to load and run it in a process of its own for its peak memory; None where ``model`` is a name or
+            a path, so that one can.
+        report: called with the windows done and how many there are.
+
+    Raises:
+        DataError: no data, too short, or no tokenizer.
+        ModelError: outputs that are broken; it names the window.
     """
-
-    value: float
-    unit: str
-    interval: Interval | None = None
-    note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; an infinite end of an interval becomes None."""
-        found: dict[str, Any] = {"value": self.value, "unit": self.unit, "interval": None, "note": self.note}
-        if self.interval is not None:
-            ends = {end: value if math.isfinite(value) else None for end, value in self._ends().items()}
-            found["interval"] = {**vars(self.interval), **ends}
-        return found
-
-    def _ends(self) -> dict[str, float]:
-        assert self.interval is not None
-        return {"low": self.interval.low, "high": self.interval.high}
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Figure:
-        """The inverse of `to_json`; raises TypeError or KeyError on anything else."""
-        ends = found["interval"]
-        if ends is not None:
-            low, high = ends["low"], ends["high"]
-            ends = {**ends, "low": -math.inf if low is None else low, "high": math.inf if high is None else high}
-            if not all(isinstance(ends[name], (int, float)) for name in ("value", "low", "high", "level", "n")):
-                raise TypeError(f"interval {ends} does not consist of numbers")
-        if isinstance(found["value"], bool) or not isinstance(found["value"], (int, float)):
-            raise TypeError(f"value {found['value']!r} is not a number")
-        return cls(found["value"], str(found["unit"]), None if ends is None else Interval(**ends), str(found["note"]))
-
-    def show(self, value: float | None = None) -> str:
-        """The value as people read it, or ``value`` in the same unit."""
-        number = self.value if value is None else value
-        match self.unit:
-            case "B":
-                return show_bytes(number)
-            case "s":
-                return show_seconds(number)
-            case "share":
-                return f"{100 * number:.2f} %"
-            case "parameters":
-                return show_count(number).rstrip()
-            case "FLOPs":
-                return show_count(number) + "FLOPs"
-            case _:
-                return f"{number:.4g} {self.unit}".rstrip()
-
-    def show_interval(self) -> str:
-        """``low to high``, or nothing."""
-        ends = None if self.interval is None else self._ends()
-        return "" if ends is None else f"{self.show(ends['low'])} to {self.show(ends['high'])}"
+    loaded = model if isinstance(model, Model) else load(model)
+    original = reference if isinstance(reference, Model) or reference is None else load(reference)
+    context = min(length, _positions(loaded) or length)
+    ids = _ids(loaded, data, windows, context, seed, original is not None)
+    if ids is not None:
+        context = ids.shape[1]
+    if peak and not isinstance(model, (str, Path)):
+        raise ModelError(f"{loaded.name}: peak memory is that of a process that loads it; give its name or its path")
+    setting = _Setting(loaded, ids, context, batch, dtype, report)
+    costs = cost(loaded)
+    samples: dict[str, tuple[float, ...]] = {}
+    figures = dict(_costs(costs, context))
+    if peak or (peak is None and isinstance(model, (str, Path))):
+        figures |= _peak(setting, model)
+    figures |= _quality(setting, original, samples)
+    if timed:
+        figures |= _times(setting, costs)
+    return Measurement(loaded.name, loaded.kind, figures, samples, _conditions(setting, data, original, seed))
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What a model costs and how good it is.
-
-    Attributes:
-        model: its name.
-        kind: of model.
-        figures: by key; the keys are those of `FIGURES`.
-        samples: what lies behind figures, one value a window, so that two measurements can be paired: "loss", "kl",
-            "agreement", "cosine".
-        conditions: how it was measured: data and its hash, windows, length, seed, dtype, threads, versions.
-    """
-
-    model: str
-    kind: str
-    figures: dict[str, Figure]
-    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    conditions: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Figure:
-        return self.figures[key]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, ready for ``json.dumps``; keys are added in later versions, never renamed."""
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "kind": self.kind,
-            "conditions": dict(self.conditions),
-            "figures": {key: figure.to_json() for key, figure in self.figures.items()},
-            "samples": {key: list(values) for key, values in self.samples.items()},
-        }
-
-    @classmethod
-    def from_json(cls, found: Any) -> Measurement:
-        """The inverse of `to_json`.
-
-        Raises:
-            DataError: not a measurement, or of another version.
-        """
-        schema = found.get("schema") if isinstance(found, Mapping) else None
-        if schema != SCHEMA:
-            raise DataError(f"measurement: schema {schema!r}; this version reads {SCHEMA!r}: measure again")
-        try:
-            return cls(
-                model=str(found["model"]),
-                kind=str(found["kind"]),
-                figures={str(key): Figure.from_json(figure) for key, figure in found["figures"].items()},
-                samples={str(key): tuple(map(float, values)) for key, values in found["samples"].items()},
-                conditions=dict(found["conditions"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"measurement: {type(error).__name__} {error}; the file is damaged: measure again"
-            ) from error
-
-    def table(self) -> Table:
-        """A rich table of all figures."""
-        rows = [
-            (title(key), figure.show(), figure.show_interval(), figure.note) for key, figure in self.figures.items()
-        ]
-        return _table(f"{self.model} ({self.kind})", ("", "value", "95 % interval", ""), rows)
-
-    def compare(self, other: Measurement) -> Comparison:
-        """``other`` beside this one, as the changed model beside the original.
-
-        Figures behind which both have samples of the same windows are compared in pairs, with an interval.
-
-        Raises:
-            DataError: both have samples, but of different data.
-        """
-        shared = [key for key in self.samples if key in other.samples]
-        data = [m.conditions.get("data_sha256") for m in (self, other)]
-        if shared and data[0] != data[1]:
-            raise DataError(
-                f"{self.model} and {other.model} were measured on different windows (of {self.conditions.get('data')} "
-                f"and {other.conditions.get('data')}); measure both with the same data, windows, length and seed"
-            )
-        changes = {}
-        for key, before in self.figures.items():
-            if (after := other.figures.get(key)) is not None:
-                changes[key] = Change(before, after, _paired(key, self.samples, other.samples))
-        return Comparison(self.model, other.model, changes)
+def _positions(model: Model) -> int | None:
+    """The longest text ``model`` has positions for; None where it does not say."""
+    # some models keep the first positions of their table for padding: their tokenizer knows
+    said = (
+        getattr(model.config, "max_position_embeddings", None),
+        getattr(model.tokenizer, "model_max_length", None),
+    )
+    return min((number for number in said if isinstance(number, int) and 0 < number < 10**9), default=None)
 
 
-@dataclass(frozen=True)
-class Change:
-    """One figure of two models.
-
-    Attributes:
-        before: of the first.
-        after: of the second.
-        paired: the ratio (of perplexities) or difference (of other figures) over the same windows; None for figures
-            that are exact or were timed apart.
-    """
-
-    before: Figure
-    after: Figure
-    paired: Interval | None
-
-    @property
-    def ratio(self) -> float | None:
-        """after / before; None where that is nothing."""
-        return self.after.value / self.before.value if self.before.value else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two measurements side by side."""
-
-    first: str
-    second: str
-    changes: dict[str, Change]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "first": self.first,
-            "second": self.second,
-            "changes": {
-                key: {
-                    "before": change.before.to_json(),
-                    "after": change.after.to_json(),
-                    "ratio": change.ratio,
-                    "paired": Figure(0.0, "", change.paired).to_json()["interval"],
-                }
-                for key, change in self.changes.items()
-            },
-        }
-
-    def table(self) -> Table:
-        """A rich table of both, their ratio, and what the paired windows say."""
-        rows = []
-        for key, change in self.changes.items():
-            paired = change.paired
-            ratio = "" if change.ratio is None else f"x {change.ratio:.4g}"
-            said = "" if paired is None else f"{paired.value:+.4g} ({paired.low:+.4g} to {paired.high:+.4g})"
-            if paired is not None and key == "perplexity":
-                said = f"x {paired.value:.4g} ({paired.low:.4g} to {paired.high:.4g})"
-            rows.append((title(key), change.before.show(), change.after.show(), ratio, said))
-        return _table("", ("", self.first, self.second, "ratio", "paired, 95 %"), rows)
-
-
-def title(key: str) -> str:
-    """What tables call the figure ``key``."""
-    return FIGURES[key][0] if key in FIGURES else key
-
-
-def exact(key: str, value: float, note: str = "") -> Figure:
-    """The figure ``key`` of a number without sampling error."""
-    return Figure(value, FIGURES[key][1], None, note)
-
-
-def sampled(key: str, interval: Interval, note: str = "") -> Figure:
-    """The figure ``key`` of an estimate with its interval."""
-    return Figure(interval.value, FIGURES[key][1], interval, note)
-
-
-def _paired(
-    key: str, before: Mapping[str, tuple[float, ...]], after: Mapping[str, tuple[float, ...]]
-) -> Interval | None:
-    name = "loss" if key == "perplexity" else key
-    if name not in before or name not in after or len(before[name]) < 2:
+def _ids(model: Model, data: Any, count: int, length: int, seed: int, compared: bool) -> Tensor | None:
+    if isinstance(data, Tensor):
+        return data
+    if data is None or model.kind not in ("causal-lm", "encoder"):
         return None
-    compare = paired_ratio if key == "perplexity" else paired_difference
-    return compare(before[name], after[name])
+    if model.kind == "encoder" and model.tokenizer is None and not compared:
+        return None  # nothing is scored without a reference, and times are taken on any tokens
+    return draw(data, model.need_tokenizer(), part="heldout", length=length, count=count, seed=seed)
 
 
-def _table(name: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    found = Table(title=name or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(header):
-        found.add_column(column, justify="right" if 0 < index < len(header) - 1 else "left")
-    for row in rows:
-        found.add_row(*map(Text, row))  # Text: brackets in names are not markup
+def _conditions(setting: _Setting, data: Any, original: Model | None, seed: int) -> dict[str, Any]:
+    model, ids = setting.model, setting.ids
+    found: dict[str, Any] = {
+        "model_sha256": model.fingerprint,
+        "reference": None if original is None else original.name,
+        "reference_sha256": None if original is None else original.fingerprint,
+        "context": setting.context,
+        "dtype": "that of the weights" if setting.dtype is None else str(setting.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "pennyweight": pennyweight.__version__,
+    }
+    if ids is not None:
+        found["data"] = str(data) if isinstance(data, (str, Path)) else "given"
+        found["data_sha256"] = hashlib.sha256(ids.contiguous().long().cpu().numpy().tobytes()).hexdigest()
+        found |= {"windows": len(ids), "length": ids.shape[1], "seed": None if isinstance(data, Tensor) else seed}
     return found
+
+
+def _costs(costs: ModelCost, context: int) -> Figures:
+    yield "bytes", exact("bytes", costs.bytes, "of the tensors")
+    yield "bytes_bf16", exact("bytes_bf16", costs.bytes_bf16, "2 bytes a parameter: 100 %")
+    yield "params", exact("params", costs.params)
+    yield "params_total", exact("params_total", costs.params_total)
+    if costs.flops_per_token is not None:
+        yield "flops", exact("flops", costs.flops_per_token, f"per {costs.unit}, without attention")
+    if costs.attention:
+        yield (
+            "attention_flops",
+            exact("attention_flops", costs.attention_flops(context), f"per {costs.unit}, {context} positions seen"),
+        )
+    if costs.bytes_read_per_token is not None and costs.unit == "token":
+        yield "bytes_read", exact("bytes_read", costs.bytes_read_per_token)
+    if costs.activation_bytes_per_token is not None:
+        yield (
+            "activation_bytes",
+            exact("activation_bytes", costs.activation_bytes_per_token, f"per {costs.unit}, estimate"),
+        )
+    if costs.cache:
+        yield "kv_bytes_per_token", exact("kv_bytes_per_token", costs.kv_bytes_per_token)
+        yield "kv_bytes", exact("kv_bytes", costs.kv_bytes(context), f"{context} tokens")
+
+
+def _peak(setting: _Setting, source: Source) -> Figures:
+    assert isinstance(source, (str, Path))
+    ids = None if setting.ids is None else setting.ids[:1].tolist()
+    found = memory.peak(run_once, str(source), ids, setting.dtype)
+    yield (
+        "peak_memory",
+        exact("peak_memory", found.bytes, "to load it and run one window, interpreter and libraries too"),
+    )
+
+
+def run_once(source: str, ids: list[list[int]] | None, dtype: torch.dtype | None) -> None:
+    """Load ``source`` and run it once; what the process measured for peak memory does."""
+    model = load(source)
+    if ids is not None and model.kind == "causal-lm":
+        token_losses(model.module, torch.tensor(ids), dtype=dtype)
+    elif ids is not None:
+        embed_windows(model.module, torch.tensor(ids), dtype=dtype)
+    else:
+        cost(model)
+
+
+def _quality(setting: _Setting, original: Model | None, samples: dict[str, tuple[float, ...]]) -> Figures:
+    module, ids = setting.model.module, setting.ids
+    if ids is None:
+        return
+    options: dict[str, Any] = {"batch": setting.batch, "dtype": setting.dtype, "report": setting.report}
+    if setting.model.kind == "encoder":
+        if original is not None:
+            found = cosines(*(embed_windows(each, ids, **options) for each in (original.module, module)))
+            yield from _averaged("cosine", found, samples)
+        return
+    if original is None:
+        losses, said = token_losses(module, ids, **options), None
+    else:
+        said = agreement(original.module, module, ids, **options)
+        losses = said.other_losses
+    yield from _averaged("loss", losses, samples)
+    if losses.mean() < math.log(1e15):  # past that the model is broken, and the loss says so
+        figure = _interval("loss", samples)
+        value = math.exp(sum(samples["loss"]) / len(samples["loss"]))
+        yield "perplexity", exact("perplexity", value) if figure is None else sampled("perplexity", exponential(figure))
+    if said is not None:
+        if len(ids) > 1:
+            yield "perplexity_ratio", sampled("perplexity_ratio", paired_ratio(said.original_losses, losses))
+        yield from _averaged("kl", said.kl, samples)
+        yield from _averaged("agreement", said.same, samples)
+
+
+def _averaged(key: str, values: Tensor, samples: dict[str, tuple[float, ...]]) -> Figures:
+    """The mean over windows of ``values`` (W,) or (W, T), which become its samples."""
+    means = values.double().reshape(len(values), -1).mean(1)
+    samples[key] = tuple(means.tolist())
+    interval = _interval(key, samples)
+    yield key, exact(key, float(means.mean()), "one window") if interval is None else sampled(key, interval)
+
+
+def _interval(key: str, samples: dict[str, tuple[float, ...]]) -> Interval | None:
+    return bootstrap(samples[key]) if len(samples[key]) > 1 else None
+
+
+def _times(setting: _Setting, costs: ModelCost) -> Figures:
+    module = setting.model.module
+    writes = bool(costs.cache) and costs.unit == "token" and accepts(module, "past_key_values")
+    if not writes:
+        sample = probe.sample_for(module, anatomy.of(module))
+        if sample is None:
+            return
+        if setting.ids is not None and costs.unit == "token":
+            named = isinstance(sample.inputs, dict)
+            ids = setting.ids[:1]
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if named else ids
+            sample = probe.Sample(inputs, "token", ids.shape[1])
+        with looking(module, setting.dtype):
+            found = latency.time(lambda: probe.call(module, sample))
+        yield "latency", sampled("latency", found.seconds, f"{sample.count} {sample.unit}(s), {found.threads} threads")
+        return
+    prompt = _prompt(setting, costs)
+    speed = decoding.speed(module, prompt, tokens=_WRITTEN, repeats=3, dtype=setting.dtype)
+    note = f"batch 1, {len(prompt)}-token prompt, {speed.threads} threads"
+    yield "prefill", sampled("prefill", speed.prefill, note)
+    yield "decode", sampled("decode", speed.decode, f"{note}, {_WRITTEN} tokens written")
+    assert costs.flops_per_token is not None
+    assert costs.bytes_read_per_token is not None
+    context = len(prompt) + _WRITTEN // 2
+    flops = costs.flops_per_token + costs.attention_flops(context)
+    moved = costs.bytes_read_per_token + costs.kv_bytes(context)
+    bound = roofline.bound(flops, moved, roofline.this_machine(setting.dtype or torch.float32))
+    yield "decode_bound", exact("decode_bound", 1 / bound.seconds, f"bound by {bound.limit} as measured here")
+    spent = energy.measure(lambda: decoding.greedy(module, prompt, tokens=_WRITTEN, dtype=setting.dtype))
+    if spent is None:
+        modeled = energy.model(flops, moved)
+        yield "energy", exact("energy", modeled.joules, f"decoding; {modeled.source}")
+    else:
+        yield "energy", exact("energy", spent.joules / (len(prompt) + _WRITTEN), f"prompt and text; {spent.source}")
+
+
+def _prompt(setting: _Setting, costs: ModelCost) -> Tensor:
+    room = max(1, min(_PROMPT, (_positions(setting.model) or _PROMPT + _WRITTEN) - _WRITTEN))
+    if setting.ids is not None:
+        return setting.ids[0, :room]
+    found = anatomy.of(setting.model.module).embedding
+    if found is None:
+        raise DataError(f"{setting.model.name}: nothing to time it on; give data=... or timed=False")
+    return torch.arange(room) % found.shape[0]
