@@ -48,6 +48,7 @@ from pennyweight.weights import (
     Sparse,
     Sum,
     Transposed,
+    VectorCodebook,
     Weight,
     rebuild,
     stored_bytes,
@@ -149,6 +150,12 @@ def codebook_of_groups(g: Generator, m: int, n: int) -> Drawn:
     rows, columns = np.indices((m, n))
     weight = Codebook(Integers.of(torch.from_numpy(codes), 2).packed, table, bits=2, columns=n, group_size=3)
     return weight, torch.from_numpy(table.numpy()[rows, columns // 3, codes])
+
+
+def vector_codebook(g: Generator, m: int, n: int) -> Drawn:
+    codes, table = whole(g, 5, m, -(-n // 3)), draw(g, 5, 3)
+    weight = VectorCodebook(Integers.of(codes, 3).packed, table, bits=3, columns=n)
+    return weight, torch.cat([table[column.long()] for column in codes.T], dim=1)[:, :n]
 
 
 def entropy_coded(g: Generator, m: int, n: int) -> Drawn:
@@ -297,6 +304,7 @@ FORMS: list[Form] = [
     quantized_per_tensor,
     codebook,
     codebook_of_groups,
+    vector_codebook,
     entropy_coded,
     kept_at(0.0),
     kept_at(0.1),

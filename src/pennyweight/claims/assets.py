@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pennyweight import data
@@ -56,6 +57,19 @@ class AssetModel:
         found = [anatomy.matrix(self.model.module, one).detach() for one in self.maps(part)]
         assert found, f"{self.name} has no maps in {part!r}"
         return found
+
+    def inputs(self, one: Map, windows: Tensor) -> Tensor:
+        """What the map ``one`` multiplies when the model reads ``windows`` (C, T): (R, N) float32, R = C*T rows."""
+        seen: list[Tensor] = []
+        layer = self.model.module.get_submodule(one.path)
+        handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+        try:
+            with torch.inference_mode():
+                self.model.module(input_ids=windows)
+        finally:
+            handle.remove()
+        assert len(seen) == 1, f"{one.path} ran {len(seen)} times"
+        return seen[0].reshape(-1, one.shape[1]).clone()
 
     def windows(self, text: str = "wiki", *, part: Part, length: int = 256, count: int = 8, seed: int = 0) -> Tensor:
         """Windows (C, T) of token ids of an embedded text."""

@@ -51,13 +51,26 @@ def _root(
 
 
 @app.command()
-def measure(model: Model, data: Data = "wiki", seed: Seed = 0, json: Json = None) -> None:
+def measure(
+    model: Model,
+    data: Data = "wiki",
+    reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The original to compare with.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of held-out text to score.")] = 32,
+    timed: Annotated[bool, typer.Option("--timed/--untimed", help="Take times.")] = True,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
     """What a model costs and how good it is, with intervals."""
-    from pennyweight.cli.tables import emit
-    from pennyweight.measure.measurement import measure
+    from pennyweight.cli.progress import progress
+    from pennyweight.cli.tables import emit, show
+    from pennyweight.measure import measure
 
-    found = measure(model, data, seed=seed)
-    print(found.table())
+    with progress() as report:
+        found = measure(
+            model, data, reference=reference, windows=windows, timed=timed, seed=seed,
+            report=lambda done, total: report("scoring windows", done, total),
+        )  # fmt: skip
+    show(found.table())
     if json:
         emit(found.to_json(), json)
 
@@ -143,12 +156,12 @@ def compare(
 ) -> None:
     """Several levers or recipes on the same model at the same budget, in one table."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit
+    from pennyweight.cli.tables import emit, show
     from pennyweight.compare import compare
 
     with progress() as report:
         found = compare(model, recipes, budgets=budget or (), data=data, out=out, seed=seed, progress=report)
-    print(found.table())
+    show(found.table())
     if json:
         emit(found.to_json(), json)
 
@@ -164,12 +177,12 @@ def frontier(
 ) -> None:
     """The whole curve of quality against bytes, from one measurement of sensitivity."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit
+    from pennyweight.cli.tables import emit, show
     from pennyweight.frontier import frontier
 
     with progress() as report:
         found = frontier(model, data=data, levers=levers, out=out, seed=seed, progress=report)
-    print(found.table())
+    show(found.table())
     if json:
         emit(found.to_json(), json)
 
@@ -184,12 +197,12 @@ def verify(
 ) -> None:
     """Re-measure a fitted directory against its receipt; exit code 1 when it does not hold."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit
+    from pennyweight.cli.tables import emit, show
     from pennyweight.verify import verify
 
     with progress() as report:
         found = verify(directory, model=model, progress=report)
-    print(found.table())
+    show(found.table())
     if json:
         emit(found.to_json(), json)
     if not found.holds:

@@ -30,13 +30,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     Console().print(shown)
 
 
+def show(found: Any) -> None:
+    """Print a table that is text or rich's own, whole where stdout is no terminal."""
+    if isinstance(found, str):
+        print(found)
+        return
+    from rich.console import Console
+
+    (Console() if sys.stdout.isatty() else Console(width=200)).print(found)
+
+
 def emit(found: Any, to: Path | None = None) -> None:
-    """Write ``found`` as JSON to the file ``to``, or print it.
+    """Write ``found``, JSON text or what becomes it, to the file ``to``, or print it.
 
     Raises:
         OutputError: a place that cannot be written.
     """
-    text = json.dumps(found, indent=2, ensure_ascii=False, default=str)
+    text = found if isinstance(found, str) else json.dumps(found, indent=2, ensure_ascii=False, default=str)
     if to is None:
         print(text)
     else:

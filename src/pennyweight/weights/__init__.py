@@ -12,6 +12,7 @@ from pennyweight.weights.quantized import Integers, Quantized, doubled
 from pennyweight.weights.sparse import BlockSparse, NofM, Sparse
 from pennyweight.weights.structured import BlockDiagonal, Diagonal, Kronecker, Monarch, Permutation
 from pennyweight.weights.transposed import Transposed
+from pennyweight.weights.vector import VectorCodebook
 from pennyweight.weights.weight import Cost, Nested, Weight, check_finite, form, forms, rebuild, stored_bytes, structure
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Sparse",
     "Sum",
     "Transposed",
+    "VectorCodebook",
     "Weight",
     "check_finite",
     "doubled",
