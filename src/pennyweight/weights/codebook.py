@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import FormError, OptionError, ShapeError
+from pennyweight.weights.by_rows import by_rows
 from pennyweight.weights.dense import Dense
 from pennyweight.weights.grid import check_importance, group_count, grouped, scaled
 from pennyweight.weights.packing import pack, unpack
@@ -163,7 +164,7 @@ class Codebook(Weight):
         return unpack(self.packed, self.bits, self.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.dense().T.to(x.dtype)
+        return by_rows(self, x)
 
     def dense(self) -> Tensor:
         return self._values(self.codes(), self.table, None if self.scale is None else self.scale.dense())

@@ -13,7 +13,7 @@ Shape letters: M out features, N in features, V shared values, K bases; ... any 
 
 from __future__ import annotations
 
-from math import gcd, sqrt
+from math import gcd, isfinite, sqrt
 from typing import Any
 
 import torch
@@ -77,11 +77,11 @@ class Hashed(Weight):
         if values.ndim != 1 or not len(values):
             raise ShapeError(f"Hashed: values {tuple(values.shape)}; give (values,), at least one")
         _check_seed(seed, "Hashed")
-        if offset < 0 or scale == 0:
+        if offset < 0 or scale == 0 or not isfinite(scale):
             raise OptionError(
-                f"Hashed: offset {offset}, scale {scale}; give an offset from 0 and a scale that is not 0"
+                f"Hashed: offset {offset}, scale {scale}; give an offset from 0 and a finite scale, not 0"
             )
-        self.seed, self.offset, self.scale = seed, offset, scale
+        self.seed, self.offset, self.scale = seed, offset, float(scale)
         self.values = held(values, "Hashed: values")
 
     @classmethod

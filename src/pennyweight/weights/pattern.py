@@ -2,7 +2,7 @@
 
 The kept places, in scan order, are written as gaps: a code says how many places are left out before the next kept one,
 and the largest code says that as many as it counts are left out and no kept one follows yet. One bit a code is a bitmap
-(1 = left out); the sparser the pattern, the more bits pay. `Gaps.of` takes the width that stores least: within 10 % of
+(1 = left out); the sparser the pattern, the more bits pay. `Gaps.of` takes the width that stores least: within 12 % of
 the entropy of a random pattern from 50 % down to 2 % kept.
 
 Source: S. Han et al., "Deep Compression", arXiv:1510.00149, section 2 (relative indices with a padding symbol). Differs

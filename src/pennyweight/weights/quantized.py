@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import FormError, ShapeError
+from pennyweight.weights.by_rows import by_rows
 from pennyweight.weights.dense import Dense
 from pennyweight.weights.grid import Grid, ZeroKind, check_format, float_levels, group_count
 from pennyweight.weights.packing import pack, packed_width, unpack
@@ -49,7 +50,7 @@ class Integers(Weight):
         return cls(pack(codes, bits), bits=bits, columns=codes.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.dense().T.to(x.dtype)
+        return by_rows(self, x)
 
     def dense(self) -> Tensor:
         return unpack(self.packed, self.bits, self.shape[1]).float()
@@ -204,7 +205,7 @@ class Quantized(Weight):
         return torch.promote_types(self.scale.dtype, torch.float32)  # as `grid` computes
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.dense().T.to(x.dtype)
+        return by_rows(self, x)
 
     def dense(self) -> Tensor:
         return self.grid.values(self.codes())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import FormError, OptionError, ShapeError
+from pennyweight.weights.by_rows import by_rows
 from pennyweight.weights.dense import Dense
 from pennyweight.weights.packing import pack, packed_width, unpack
 from pennyweight.weights.pattern import Gaps, check_gaps, choice_rank, choices
@@ -213,7 +214,7 @@ class NofM(Weight):
         return found.scatter(2, places, True).flatten(1)[:, : self.shape[1]]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.dense().T.to(x.dtype)
+        return by_rows(self, x)
 
     def dense(self) -> Tensor:
         return self._fill(self.values.dense(), self.places())

@@ -42,6 +42,8 @@ class VectorCodebook(Weight):
     packed: Tensor
 
     def __init__(self, packed: Tensor, table: Tensor, *, bits: int, columns: int) -> None:
+        if not 1 <= bits <= 8:  # before 2**bits, which a damaged file could make take minutes
+            raise FormError(f"VectorCodebook: {bits} bits; give 1 to 8")
         if table.ndim != 2 or not table.is_floating_point() or not 1 <= table.shape[0] <= 2**bits:
             raise FormError(
                 f"VectorCodebook: a {table.dtype} table {tuple(table.shape)} for {bits} bits; give up to {2**bits} "

@@ -206,7 +206,8 @@ def rebuild(found: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str 
     cls = _FORMS[name]
     settings = {key: value for key, value in found.items() if key not in ("form", "tensors", "parts")}
     held, parts = found.get("tensors", cls.tensors), found.get("parts", {})
-    if not isinstance(held, (list, tuple)) or not isinstance(parts, Mapping):
+    names = isinstance(held, (list, tuple)) and all(isinstance(key, str) for key in held)
+    if not names or not isinstance(parts, Mapping):
         raise FormError(
             f"{where}: form {name!r} wants a list of tensors and a table of parts; the structure is damaged"
         )
