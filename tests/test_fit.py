@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,13 @@ def test_repair_lowers_the_harm_within_the_budget_and_says_so(model: Path, text:
     assert first is not None
     assert second is not None
     assert second.value - 1 < 0.9 * (first.value - 1)
+
+
+def test_a_simpler_plan_is_taken_where_it_ties(model: Path, text: Path, tmp_path: Path) -> None:
+    settings = replace(toys.QUICK, check=64)
+    found = fit(model, data=text, budgets=["50%"], out=tmp_path / "out", settings=settings)
+    assert any("taken for being simpler" in note for note in found.receipt.notes)
+    assert len({label for label in found.recipe.text().splitlines() if "quantize" in label}) <= 2
 
 
 def test_factors_fold_into_scales() -> None:

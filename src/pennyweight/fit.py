@@ -6,16 +6,19 @@ statistics -> predictions -> plan -> solve -> measure -> (rescale, plan, solve, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pennyweight.damage import Prediction
 from pennyweight.errors import BudgetError, OptionError
 from pennyweight.finish import Fitted, Solved, digest, finish
 from pennyweight.job import Job, Progress, Settings, chosen_levers, installed, quiet, standing_in
 from pennyweight.journal import Journal
+from pennyweight.measure.stats import tied
 from pennyweight.model import bf16_bytes, load
 from pennyweight.model.model import Model, parameters
 from pennyweight.model.saving import file_bytes
@@ -37,6 +40,10 @@ __all__ = ["Fitted", "Settings", "Solved", "fit", "plan_and_solve"]
 ROUNDS = 3
 #: Resources a plan can be made against: those whose cost is read off the structure of a weight.
 PLANNED = ("bytes", "params", "flops")
+#: Plans within this factor of each other count as equal.
+_TIE = 1.01
+#: How much worse, in predicted harm, a simpler plan may be and still be worth solving.
+_REACH = 0.005
 #: Spread of the harm over windows, as a multiple of its mean, until it has been measured.
 _SPREAD = 0.7
 
@@ -146,42 +153,96 @@ def plan_and_solve(job: Job, *, mending: bool = False) -> Solved:
     ceiling = None
     if job.floor is not None and not allowed:
         ceiling = job.task.harm_of(job.floor, before)
+    room = {name: int(limit) for name, limit in allowed.items()}
+    if mending and "bytes" in room:
+        room["bytes"] -= reserved_bytes(slots)
     spread, found = _SPREAD, None
     for number in range(1, ROUNDS + 1):
-        room = {name: int(limit) for name, limit in allowed.items()}
-        if mending and "bytes" in room:
-            room["bytes"] -= reserved_bytes(slots)
         plan = prices.plan(slots, offers, room, None if ceiling is None else ceiling / _caution(job, spread))
-        predicted = plan.choice.damage
-        weights = job.solve(slots, plan)
-        prices, spent = solved_cost(job, prices, plan, weights, slots)
-        harm, prices, deviation = measure(job, slots, weights, plan, prices, before)
-        spread = deviation / harm if harm > 0 else _SPREAD
-        fits = all(spent[name] <= limit for name, limit in room.items())
-        floor_met = ceiling is None or harm * _caution(job, spread) <= ceiling
-        now = Solved(
-            slots=slots,
-            weights=weights,
-            recipe=Recipe.of({name: o.lever for name, o in plan.picked.items() if o.lever is not None}),
-            labels={name: label_of(offer) for name, offer in plan.picked.items()},
-            spent=spent,
-            allowed=allowed,
-            planned=plan.choice.cost,
-            predicted=predicted,
-            measured=harm,
-            curve=tuple((cost, damage) for cost, damage, _ in frontier(prices.problem(slots, offers))),
-            certificate=_certificate(plan, sum(map(len, offers.values())), number),
-        )
+        now, prices, deviation = _attempt(job, slots, offers, plan, prices, before, allowed, number)
+        assert now.measured is not None
+        spread = deviation / now.measured if now.measured > 0 else _SPREAD
+        fits = all(now.spent[name] <= limit for name, limit in room.items())
+        floor_met = ceiling is None or now.measured * _caution(job, spread) <= ceiling
         if fits and floor_met and (found is None or _better(now, found, ceiling)):
             found = now
         if found is not None and number > 1:
             break
     if found is None:
+        assert now.measured is not None
         raise BudgetError(
-            f"after {ROUNDS} rounds no plan holds: the last one spends {show_bytes(spent['bytes'])} and measures "
-            f"{job.task.metric} {job.task.effect_of(harm):.3f}; relax what was asked a little"
+            f"after {ROUNDS} rounds no plan holds: the last one spends {show_bytes(now.spent['bytes'])} and measures "
+            f"{job.task.metric} {job.task.effect_of(now.measured):.3f}; relax what was asked a little"
         )
+    if ceiling is None:
+        found = _simpler(job, slots, offers, prices, before, found, room)
     return found
+
+
+def _attempt(
+    job: Job, slots: tuple[Slot, ...], offers: Mapping[str, Sequence[Prediction]], plan: Plan, prices: Prices,
+    before: torch.Tensor, allowed: Mapping[str, int | float], number: int,
+) -> tuple[Solved, Prices, float]:  # fmt: skip
+    """``plan`` solved and measured, the prices that this taught, and the harm's deviation over windows."""
+    weights = job.solve(slots, plan)
+    prices, spent = solved_cost(job, prices, plan, weights, slots)
+    harm, prices, deviation = measure(job, slots, weights, plan, prices, before)
+    solved = Solved(
+        slots=slots,
+        weights=weights,
+        recipe=Recipe.of({name: o.lever for name, o in plan.picked.items() if o.lever is not None}),
+        labels={name: label_of(offer) for name, offer in plan.picked.items()},
+        spent=spent,
+        allowed=allowed,
+        planned=plan.choice.cost,
+        predicted=plan.choice.damage,
+        measured=harm,
+        curve=tuple((cost, damage) for cost, damage, _ in frontier(prices.problem(slots, offers))),
+        certificate=_certificate(plan, sum(map(len, offers.values())), number),
+    )
+    return solved, prices, deviation
+
+
+def _simpler(
+    job: Job, slots: tuple[Slot, ...], offers: Mapping[str, Sequence[Prediction]], prices: Prices,
+    before: torch.Tensor, found: Solved, room: Mapping[str, int],
+) -> Solved:  # fmt: skip
+    """The plan with one setting for all blocks where it is statistically as good as ``found``; else ``found``.
+
+    It is tried only where the prediction puts it within reach: a tie is claimed when both one-sided tests put the two
+    within a percent of each other on the check windows.
+    """
+    assert found.predicted is not None
+    blocks = [slot.name for slot in slots if slot.group == "blocks"]
+    common = [o.lever for o in offers[blocks[0]]] if blocks else []
+    common = [lever for lever in common if all(any(o.lever == lever for o in offers[name]) for name in blocks)]
+    plans = []
+    for lever in common:
+        some = {**offers, **{name: [o for o in offers[name] if o.lever == lever] for name in blocks}}
+        with suppress(BudgetError):
+            plans.append(prices.plan(slots, some, room))
+    best = min(plans, key=lambda plan: plan.choice.damage, default=None)
+    if best is None or best.choice.damage > found.predicted + _REACH or len(found.recipe.steps) <= 2:
+        return found
+    now, _, _ = _attempt(job, slots, offers, best, prices, before, found.allowed, 0)
+    if any(now.spent[name] > limit for name, limit in room.items()):
+        return found
+    first, second = (_check_harm(job, before, each) for each in (found, now))
+    tie = tied(first, second, _TIE)
+    if tie.outcome not in ("tied", "second"):
+        return found
+    note = (
+        f"a plan with one setting for all blocks is statistically as good (ratio {tie.ratio.value:.4f}, "
+        f"p {tie.p_equal:.2g} of differing by {100 * (_TIE - 1):.0f} % or more), and was taken for being simpler"
+    )
+    return replace(now, certificate=found.certificate, notes=(*found.notes, note))
+
+
+def _check_harm(job: Job, before: torch.Tensor, solved: Solved) -> torch.Tensor:
+    """(windows,) harm of ``solved`` on the check windows; measured before, so out of the journal."""
+    with standing_in(job.model.module, solved.slots, solved.weights):
+        after = job.scores("comparing plans", solved.digest, job.model.module, job.check, exact=False)
+    return job.task.harm(before, after)
 
 
 def _caution(job: Job, spread: float) -> float:
