@@ -1,14 +1,18 @@
 """The command line: quick to start, thin over the Python functions, and one line for every mistake."""
 
+import importlib
 import inspect
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_receipt import receipt as example_receipt
 
 import pennyweight.fit
 from pennyweight.cli import main
@@ -80,6 +84,50 @@ def test_plan_is_a_dry_run(calls, capsys):
     assert main(["plan", "toy", "--budget", "25%"]) == 0
     assert calls[0]["dry_run"] is True
     assert capsys.readouterr().out == "the prediction\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "taken"),
+    [
+        ("measure toy --reference big --windows 3 --untimed", "measure",
+         {"model": "toy", "data": "wiki", "reference": "big", "windows": 3, "timed": False, "seed": 0}),
+        ("apply toy recipe.yaml --out dir --data news --overwrite --seed 2", "apply",
+         {"model": "toy", "recipe": Path("recipe.yaml"), "data": "news", "out": Path("dir"), "overwrite": True,
+          "seed": 2}),
+        ("compare toy quantize.rtn recipe.yaml --budget 25% --out dir", "compare",
+         {"model": "toy", "contenders": ["quantize.rtn", "recipe.yaml"], "budgets": ["25%"], "data": "wiki",
+          "out": Path("dir"), "seed": 0}),
+        ("frontier toy --levers quantize", "frontier",
+         {"model": "toy", "data": "wiki", "levers": "quantize", "out": None, "seed": 0}),
+        ("verify dir --model toy", "verify", {"directory": Path("dir"), "model": "toy"}),
+    ],
+)  # fmt: skip
+def test_each_verb_calls_its_function_and_writes_its_json(words, module, taken, monkeypatch, capsys, tmp_path):
+    home = importlib.import_module(f"pennyweight.{module}")
+    signature = inspect.signature(getattr(home, module))
+    seen = []
+
+    def stand_in(*args, **options):
+        seen.append(dict(signature.bind(*args, **options).arguments))
+        receipt = example_receipt()
+        found = {"table": lambda: "a table", "to_json": lambda: {"figure": 1}, "holds": False}
+        return SimpleNamespace(**found, receipt=receipt, directory=Path("dir"))
+
+    monkeypatch.setattr(home, module, stand_in)
+    code = main([*words.split(), *([] if module == "apply" else ["--json", str(tmp_path / "found.json")])])
+    assert code == (1 if module == "verify" else 0)  # a receipt that does not hold
+    (found,) = seen
+    assert callable(found.pop("report" if module == "measure" else "progress"))
+    assert found == taken
+    said = capsys.readouterr().out
+    if module == "apply":
+        assert "perplexity: 25.4 -> 27 [26, 28], ratio 1.063 [1.05, 1.08], predicted 27.5" in said
+        assert "budget 25%: kept, 67,257,504 bytes (67.3 MB) of 67,257,504 bytes (67.3 MB)" in said
+        assert "floor perplexity<=1.10x: holds (upper 95 % limit 1.078, 32 windows)" in said
+        assert said.endswith("1.50 s; written to dir\n")
+    else:
+        assert said == "a table\n"
+        assert json.loads((tmp_path / "found.json").read_text()) == {"figure": 1}
 
 
 def test_an_error_is_one_line_on_stderr_and_exit_code_two(monkeypatch, capsys):

@@ -15,7 +15,8 @@ def of(receipt: Receipt, directory: Path | None) -> str:
         before = f"{figure.before} -> " if figure.before else ""
         ratio = f", ratio {figure.ratio}" if figure.ratio else ""
         predicted = f", predicted {figure.predicted:.5g}" if figure.predicted is not None else ""
-        lines.append(" ".join(f"{figure.name}: {before}{figure.after} {figure.unit}{ratio}{predicted}".split()))
+        unit = f" {figure.unit}" if figure.unit else ""
+        lines.append(f"{figure.name}: {before}{figure.after}{unit}{ratio}{predicted}")
     lines += [_budget(line) for line in receipt.budgets]
     if receipt.floor is not None:
         floor = receipt.floor
