@@ -14,6 +14,7 @@ Shape letters: M out features, N in features, K contexts, A alphabet; ... any le
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pennyweight.weights.weight import Cost, Weight, form, stored_bytes
 _PER_OCTAVE = 16  # steps of a one-byte scale
 _SPREAD_PER_OCTAVE = 4  # steps of a one-byte spread
 _MIDDLE = 128
+_STRIP = 4096  # rows looked at at a time
 _WIDEST = 254  # symbols beside the escape, so that a symbol is one byte
 
 
@@ -49,10 +51,22 @@ def contexts_for(shape: tuple[int, int]) -> int:
 
 def _spreads(codes: Tensor) -> tuple[Tensor, Tensor]:
     """One byte a row and a column whose sum is the log-spread of a position: a rank-one fit of the squares."""
-    squares = codes.float().square()
-    row = squares.mean(1).add_(0.01)
-    column = (squares / row[:, None]).mean(0).add_(0.01)
-    row = (squares / column[None, :]).mean(1).add_(0.01)
+
+    def strips() -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, codes.shape[0], _STRIP):  # a table of a vocabulary is too large to square at once
+            rows = slice(start, start + _STRIP)
+            yield rows, codes[rows].float().square_()
+
+    row, column = torch.empty(codes.shape[0]), torch.zeros(codes.shape[1])
+    for rows, squares in strips():
+        row[rows] = squares.mean(1)
+    row += 0.01
+    for rows, squares in strips():
+        column += squares.div_(row[rows, None]).sum(0)
+    column = column / codes.shape[0] + 0.01
+    for rows, squares in strips():
+        row[rows] = squares.div_(column).mean(1)
+    row += 0.01
     logs = (_SPREAD_PER_OCTAVE * 0.5 * part.double().log2() for part in (row, column))
     first, second = (log.round().add(_MIDDLE // 2).clamp(0, 127).to(torch.uint8) for log in logs)
     return first, second
@@ -150,15 +164,15 @@ class EntropyCoded(Weight):
         """
         codes = codes.detach().cpu()
         whole = codes.to(torch.int32)
-        if not torch.equal(whole.to(codes.dtype), codes):
+        if codes.dtype != torch.int32 and not torch.equal(whole.to(codes.dtype), codes):
             raise FormError("EntropyCoded: the codes are not integers of at most 32 bits")
         small = whole.to(torch.int16) if int(whole.abs().max()) < 1 << 15 else whole
         row, column = _spreads(small)
         number = contexts or contexts_for((codes.shape[0], codes.shape[1]))
-        joint = (row.to(torch.int32)[:, None] + column.to(torch.int32)[None, :]).flatten()
-        counts = joint.bincount(minlength=256).cumsum(0)
-        shares = torch.arange(1, number) * joint.numel() // number
-        edges = sorted({int(e) + 1 for e in torch.searchsorted(counts, shares)} - {256})
+        # how often each sum of a row's and a column's byte occurs is the convolution of their histograms
+        counts = np.convolve(np.bincount(row.numpy()), np.bincount(column.numpy())).cumsum()
+        shares = np.arange(1, number) * codes.numel() // number
+        edges = sorted({int(e) + 1 for e in np.searchsorted(counts, shares)} - {256})
         where = _contexts(row, column, edges)
         flat = small.numpy().ravel()
         lowest, highest = _alphabet(flat)

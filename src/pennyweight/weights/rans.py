@@ -21,6 +21,7 @@ from pennyweight.native import library
 PROBABILITY_BITS = 14
 TOTAL = 1 << PROBABILITY_BITS
 _LOW = 1 << 16
+_PIECE = 1 << 22  # symbols counted at a time: counting takes 8 bytes for each
 #: Frequencies are kept as one byte, an eighth of an octave a step: the loss against exact counts is below 0.1 %.
 _STEPS = np.array([0] + [max(1, round(2 ** (v / 8))) for v in range(255)], dtype=np.int64)
 
@@ -49,12 +50,20 @@ def lanes_for(count: int) -> int:
 
 def tables_of(symbols: Bytes, contexts: Bytes, alphabet: int, num_contexts: int) -> Bytes:
     """Byte tables (K, A) that suit these symbols: 0 never occurs, else an eighth of an octave a step."""
-    joint = contexts.astype(np.int64) * alphabet + symbols
-    counts = np.bincount(joint.ravel(), minlength=num_contexts * alphabet).reshape(num_contexts, alphabet)
+    counts = _counts(symbols, contexts, num_contexts, alphabet)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     # the byte scale spans 32 octaves; anchored so that probability 1 is near its top
     scaled = np.rint(8 * (np.log2(np.maximum(share, 2.0**-30)) + 30)).astype(np.int64) + 1
     return np.where(counts > 0, np.clip(scaled, 1, 255), 0).astype(np.uint8)
+
+
+def _counts(symbols: Bytes, contexts: Bytes, num_contexts: int, alphabet: int) -> NDArray[np.int64]:
+    """(K, A) how often each symbol occurs in each context."""
+    counts = np.zeros(num_contexts * alphabet, np.int64)
+    for start in range(0, symbols.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        counts += np.bincount(contexts[piece].astype(np.int64) * alphabet + symbols[piece], minlength=counts.size)
+    return counts.reshape(num_contexts, alphabet)
 
 
 def frequencies_of(tables: Bytes) -> NDArray[np.uint32]:
@@ -83,9 +92,7 @@ def _starts(frequency: NDArray[np.uint32]) -> NDArray[np.uint32]:
 def cost_bits(symbols: Bytes, contexts: Bytes, tables: Bytes) -> float:
     """Ideal length in bits of the scan under ``tables``; `encode` comes within a word a lane of it."""
     frequency = frequencies_of(tables)
-    counts = np.bincount(
-        (contexts.astype(np.int64) * tables.shape[1] + symbols).ravel(), minlength=frequency.size
-    ).reshape(frequency.shape)
+    counts = _counts(symbols, contexts, *tables.shape)
     used = counts > 0
     return float((counts[used] * (PROBABILITY_BITS - np.log2(frequency[used]))).sum())
 
