@@ -184,6 +184,7 @@ class Overlay:
             FormError: a structure that cannot be rebuilt.
         """
         for layer, name, parameter in self._taken:
+            del layer.__dict__[name]
             layer._parameters[name] = parameter
         if self.layout.split:
             split_experts(module)
@@ -207,7 +208,9 @@ class Overlay:
         parameter = layer._parameters.pop(name, None)
         if parameter is None:
             raise ModelError(f"{self._where}: {type(layer).__name__} has no parameter {name!r} to replace")
-        layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing is left of it to initialize
+        # a plain attribute: unseen by whoever loads or counts parameters, and still there for the initialization of
+        # the modules around it, which writes to it (in vain: it lies on the meta device)
+        layer.__dict__[name] = parameter
         self._taken.append((layer, name, parameter))
 
     def _find(self, module: nn.Module, path: str) -> str | None:

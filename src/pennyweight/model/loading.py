@@ -94,15 +94,16 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ModelError(f"{directory}: holds no config.json; give a directory that transformers can open") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); copy or download it again") from error
-    if not isinstance(found, dict) or not found.get("model_type"):
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise ModelError(f"{path}: names no model_type; this is not the configuration of a transformers model")
     if found["model_type"] not in transformers.CONFIG_MAPPING:
         raise ModelError(
             f"{path}: transformers {transformers.__version__} knows no model type {found['model_type']!r}, and code "
             "that comes with a model is not run"
         )
-    method = (found.get("quantization_config") or {}).get("quant_method", "pennyweight")
-    if method != "pennyweight":
+    quantization = found.get("quantization_config") or {"quant_method": METHOD}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != METHOD:
         raise ModelError(f"{path}: already quantized with {method!r}; give the checkpoint it was made from")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["causal-lm", "masked-lm", "encoder", "seq2seq", "image-classifier", "classifier", "module"]
 
-_SUFFIXES: dict[str, Kind] = {
+_WORDS: dict[str, Kind] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
@@ -27,13 +27,13 @@ _SUFFIXES: dict[str, Kind] = {
     "ForImageClassification": "image-classifier",
     "ForSequenceClassification": "classifier",
     "ForTokenClassification": "classifier",
-    "Model": "encoder",
 }
 
 
 def kind_of(architecture: str) -> Kind:
     """The kind of model that the class name ``architecture`` tells; "module" when it tells none."""
-    return next((kind for suffix, kind in _SUFFIXES.items() if architecture.endswith(suffix)), "module")
+    bare: Kind = "encoder" if architecture.endswith("Model") else "module"
+    return next((kind for word, kind in _WORDS.items() if word in architecture), bare)
 
 
 @dataclass
