@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-#: Columns of a leaf. At 576 x 1536 and 4096 x 4096 leaves of 16 and 64 take 5 to 20 % longer.
+#: Columns of a leaf. From 576 x 1536 to 4096 x 4096, 16 to 64 are within 6 % of each other, 128 is 3 to 14 % slower.
 LEAF = 32
 
 

@@ -68,8 +68,7 @@ def factorize(second_moment: Tensor, *, damping: float, order: Order = "given", 
     diagonal = torch.where(dead, 1.0, h.diagonal())
     if order == "descending":
         permutation = diagonal.argsort(descending=True, stable=True)
-        # by rows twice, the symmetric matrix transposed in between: gathering columns takes five times as long
-        h, diagonal = h[permutation].T.contiguous()[permutation], diagonal[permutation]
+        h, diagonal = h[permutation][:, permutation], diagonal[permutation]
     h = h.flip(0, 1)  # a copy, mended in place
     h.diagonal().copy_((diagonal + damping * diagonal.mean()).flip(0))
     reversed_inverse = _inverse_of_cholesky(h, damping, where)  # J R^-1 J, lower triangular

@@ -3,10 +3,7 @@
 Sources: the plain one is Eckart and Young's, see `pennyweight.weights.low_rank`; X. Wang et al., "SVD-LLM:
 Truncation-aware Singular Value Decomposition for Large Language Model Compression", arXiv:2403.07378: with H = S S^T
 the second moment of the inputs, truncating the SVD of W S loses exactly the discarded singular values in the outputs.
-Differs from the source: the right factor is U^T W, which equals Sigma V^T S^-1 and needs no inverse of S; U comes
-from a Gram matrix; factors are balanced for 16-bit storage.
-
-Shape letters: M out features, N in features, R rank.
+Differs from the source: see `pennyweight.solvers.low_rank`; factors are balanced for 16-bit storage.
 """
 
 from __future__ import annotations
@@ -15,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from pennyweight.errors import DataError, OptionError
+from pennyweight.errors import OptionError
 from pennyweight.lever import at_least, between, lever, one_of, option
 from pennyweight.solvers.inputs import matrix_of, second_moment_of
+from pennyweight.solvers.low_rank import damped, low_rank
 from pennyweight.solvers.masks import DTYPES
 from pennyweight.statistics import Statistics
 from pennyweight.weights import LowRank, Weight
@@ -86,54 +83,17 @@ class SVD:
 
     @torch.no_grad()
     def solve(self, weight: Weight, statistics: Statistics) -> Weight:
-        matrix = matrix_of(weight, "factorize.svd").double()
+        matrix = matrix_of(weight, "factorize.svd")
         rank = self.rank_for((matrix.shape[0], matrix.shape[1]))
-        left = _leading(matrix, self._moment(statistics, matrix.shape[1]) if self.whiten else None, rank)
-        right = left.T @ matrix
-        # unit columns on the left leave all the size to the right: share it evenly, so that neither overflows 16 bits
-        root = right.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        moment = None
+        if self.whiten:
+            moment = damped(second_moment_of(statistics, matrix.shape[1], "factorize.svd"), self.damping)
+        up, down = low_rank(matrix, rank, moment, "factorize.svd")
         dtype = DTYPES[self.dtype]
-        return LowRank((left * root).to(dtype), (right / root[:, None]).to(dtype))
-
-    def _moment(self, statistics: Statistics, width: int) -> Tensor:
-        """The damped second moment (N, N)."""
-        moment = second_moment_of(statistics, width, "factorize.svd").double()
-        return moment + self.damping * moment.diagonal().mean() * torch.eye(width).to(moment)
+        return LowRank(up.to(dtype), down.to(dtype))
 
     @classmethod
     def candidates(cls, shape: tuple[int, int]) -> Iterator[SVD]:
         for density in (0.3, 0.5, 0.7, 0.85):
             if density * min(shape) * max(shape) >= sum(shape):
                 yield cls(density=density)
-
-
-def _leading(matrix: Tensor, moment: Tensor | None, rank: int) -> Tensor:
-    """(M, R) orthonormal: the leading left singular vectors of ``matrix @ S``, S S^T = ``moment``.
-
-    By the smaller Gram matrix, five times as fast as an SVD. In double: squaring loses the directions below 1e-8 of the
-    largest singular value, and what is lost there is below the rounding of any weight.
-    """
-    rows, width = matrix.shape
-    if rows <= width:
-        seen = matrix if moment is None else matrix @ moment
-        return _largest(seen @ matrix.T, rank)
-    seen = matrix if moment is None else matrix @ _cholesky(moment)
-    left: Tensor = torch.linalg.qr(seen @ _largest(seen.T @ seen, rank)).Q
-    return left
-
-
-def _largest(gram: Tensor, count: int) -> Tensor:
-    """The eigenvectors of the ``count`` largest eigenvalues, as columns, the largest first."""
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
-    return vectors[:, -count:].flip(1)
-
-
-def _cholesky(moment: Tensor) -> Tensor:
-    root: Tensor
-    root, failed = torch.linalg.cholesky_ex(moment)
-    if failed:
-        raise DataError(
-            f"factorize.svd: the second moment of {moment.shape[0]} inputs is not positive definite; raise damping, "
-            "to 0.01 say, or give more calibration data"
-        )
-    return root
