@@ -50,6 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["smollm2-135m", "smollm2-135m-permuted"])
     parser.add_argument("--shares", nargs="*", type=float, default=[0.385, 0.33, 0.32, *UNIFORM])
+    parser.add_argument(
+        "--rough", action="store_true", help="score with bfloat16 products: twice as fast, within 0.2 %%"
+    )
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     found = []
@@ -61,7 +64,7 @@ def main() -> None:
                 model=model, task=task_of(model), data="wiki", budgets=(), floor=None, cards=chosen_levers(None, ()),
                 settings=Settings(), journal=Journal(folder), progress=lambda *_: None,
             )  # fmt: skip
-            before = job.scores("original", "original", model.module, job.heldout, exact=True)
+            before = job.scores("original", "original", model.module, job.heldout, exact=not asked.rough)
             print(f"\n{name}: {size:,} bytes in bf16, perplexity {job.task.figure(before):.3f}", flush=True)
             for share in asked.shares:
                 rows = []
@@ -77,7 +80,7 @@ def main() -> None:
                     rows.append((made.recipe.source, made, time.perf_counter() - began, None))
                 for title, each, seconds, predicted in rows:
                     with standing_in(model.module, each.slots, each.weights):
-                        after = job.scores("fit", each.digest, model.module, job.heldout, exact=True)
+                        after = job.scores("fit", each.digest, model.module, job.heldout, exact=not asked.rough)
                     ratio = job.task.effect(before, after)
                     said = "" if predicted is None else f", predicted {predicted:.4f}"
                     print(

@@ -25,12 +25,12 @@ def one(name: str, text: str) -> None:
 
     from pennyweight import calibrate
     from pennyweight.data import windows
-    from pennyweight.lever import find, make
+    from pennyweight.lever import make, needs_of
     from pennyweight.model import load
 
     lever_name, _, options = text.partition(":")
     settings = {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in options.split(",") if pair)}
-    lever, card = make(lever_name, settings), find(lever_name)
+    lever = make(lever_name, settings)
     model = load(name)
     ids = windows("wiki", model.tokenizer, part="calibration", count=32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -40,7 +40,7 @@ def one(name: str, text: str) -> None:
     calibrate.walk(
         model, ids, None if group else lambda _, weight, statistics: lever.solve(weight, statistics),
         solve_group=None if group is None else lambda _, weights, statistics: group(weights, statistics[0]),
-        needs=card.needs & {"second_moment", "absolute"}, only=blocks,
+        needs=needs_of(lever) & {"second_moment", "absolute"}, only=blocks,
     )  # fmt: skip
     took = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

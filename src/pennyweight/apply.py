@@ -12,6 +12,7 @@ from pennyweight.errors import RecipeError
 from pennyweight.finish import Fitted, Solved, finish
 from pennyweight.job import Job, Progress, Settings, installed, quiet
 from pennyweight.journal import Journal
+from pennyweight.lever import needs_of
 from pennyweight.model import load
 from pennyweight.model.model import Model, parameters
 from pennyweight.model.saving import file_bytes
@@ -63,7 +64,7 @@ def apply(
 
 def run(job: Job, recipe: Recipe) -> Solved:
     """Carry ``recipe`` out: each step on the maps it selects, on what the steps before it left."""
-    needs = frozenset().union(*(step.card.needs for step in recipe.steps))
+    needs = frozenset().union(*(needs_of(step.lever) for step in recipe.steps))
     slots = _slots(job, needs)
     weights: dict[str, Weight] = {}
     labels: dict[str, list[str]] = {}

@@ -31,7 +31,7 @@ from pennyweight.weights.layers import CompactEmbedding
 Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 Labels = Literal["true", "sampled"]
 
-_TOKENS = 1024  # a backward: activations of a 135M model take about 1 MB a token
+_TOKENS = 512  # a backward: activations of a 135M model take about 1 MB a token
 _IMAGE = 64  # tokens that an image counts as
 _ROWS = 256  # rows of scores held in float32 at a time
 
