@@ -127,8 +127,19 @@ def test_constant_groups_survive(kind, search, value):
     bits = {"e4m3": 8, "e5m2": 8}.get(str(kind.get("format")), 4)
     weight = Quantized.nearest(matrix, bits=bits, group_size=4, search=search, **kind)
     assert weight.dense().isfinite().all()
+    assert (weight.scale.dense() != 0).all()  # engines divide by it
     # 1e-9 is below the smallest half-precision scale: at worst it becomes zero
     assert ((weight.dense() - matrix).abs() <= max(1e-3 * abs(value), 2e-9)).all()
+
+
+@pytest.mark.parametrize("search", [0, 6])
+@pytest.mark.parametrize("kind", [*KINDS, {"format": "e2m1"}], ids=str)
+def test_a_short_last_group_is_fitted_to_itself_alone(kind, search):
+    matrix, importance = normal(2, 4, 21) + 9, normal(3, 21).exp()
+    whole = Grid.fit(matrix, bits=4, group_size=8, importance=importance, search=search, **kind)
+    tail = Grid.fit(matrix[:, 16:], bits=4, importance=importance[16:], search=search, **kind)
+    assert torch.equal(whole.scale[:, 2:], tail.scale)
+    assert whole.zero is tail.zero is None or torch.equal(whole.zero[:, 2:], tail.zero)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"format": "e2m1"}], ids=str)
@@ -319,6 +330,12 @@ def test_a_matrix_of_few_values_is_kept_exactly(tables):
     values = torch.randint(-4, 4, (5, 22), generator=generator) / 4
     weight = Codebook.nearest(values, bits=3, tables=tables, group_size=8 if tables == "group" else None)
     assert torch.equal(weight.dense(), values)
+
+
+def test_few_values_are_kept_however_rare_and_close():
+    # neither equal shares nor equal distances would find these
+    values = torch.tensor([[0.0] * 100 + [0.125, 0.25, 64.0]])
+    assert torch.equal(Codebook.nearest(values, bits=2).dense(), values)
 
 
 def test_finer_tables_lower_the_error():
