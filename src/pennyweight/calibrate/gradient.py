@@ -1,11 +1,11 @@
 """What the loss says of the outputs of linear maps: the mean squared gradient of every output, by one backward.
 
 This is the diagonal of the output factor of K-FAC (J. Martens and R. Grosse, "Optimizing Neural Networks with
-Kronecker-factored Approximate Curvature", arXiv:1503.05671). Differs from the source: only the diagonal is kept; by default
-labels are the true next tokens (the empirical Fisher), since a text model is calibrated on text that it is used on.
+Kronecker-factored Approximate Curvature", arXiv:1503.05671). Differs from the source: only the diagonal is kept; by
+default labels are the true next tokens (the empirical Fisher), since a text model is calibrated on text of its use.
 
 The loss of a batch is the sum of all token losses, so that the gradient of an output holds what it does to every later
-token. It is written by hand: gradient ``softmax(logits) - label`` at the logits, which costs no more memory than they do.
+token. The backward starts from ``softmax(logits) - label``, written by hand: it takes no more memory than the logits.
 
 Shape letters: M out features, N in features, V scores, R rows, B windows, T tokens.
 """
@@ -44,7 +44,7 @@ class _Squares:
 
     def add(self, rows: Tensor) -> None:
         self.count += rows.shape[0]
-        for chunk in rows.split(4096):
+        for chunk in torch.split(rows, 4096):
             self.sum += chunk.float().square().sum(0)
 
     def mean(self) -> Tensor:
@@ -122,7 +122,7 @@ class Backward:
             if self.head is not None and found.name == self.head.name:
                 self.of_head = out
             if out.requires_grad:
-                out.register_hook(lambda g: self._add(found, g, self.mask))
+                out.register_hook(lambda g: self._add(found, g, self.mask))  # type: ignore[no-untyped-call]
 
         return self.shadow.module.get_submodule(found.path).register_forward_hook(linear)
 
@@ -135,7 +135,8 @@ class Backward:
                 lookups = self.lookups.setdefault(found.name, Lookups(found.shape[0], out.device))
                 for index in rows_in(found, layer, args[0], self.mask):
                     lookups.add(index)
-                out.register_hook(lambda g: self._add_table(found, g * (factor or 1.0), self.mask))
+                weigh = lambda g: self._add_table(found, g * (factor or 1.0), self.mask)  # noqa: E731
+                out.register_hook(weigh)  # type: ignore[no-untyped-call]
             return out
 
         return table.register_forward_hook(start)
@@ -153,21 +154,21 @@ class Backward:
     @torch.enable_grad()
     def _batch(self, inputs: Inputs) -> None:
         self.mask, self.of_head = attention_mask(inputs), None
-        given = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs))  # type: ignore[arg-type]
+        given = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs))
         for tensor in given.values():
             if tensor.is_floating_point():
                 tensor.requires_grad_()
         out = self.shadow.module(**inputs) if isinstance(inputs, Mapping) else self.shadow.module(*inputs)
         if self.loss is not None:
-            self.loss(out, inputs).backward()
+            torch.autograd.backward(self.loss(out, inputs))
             return
         logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
         if logits is not None and self.kind != "module":
-            logits.backward(self._at_scores(logits, inputs))
+            torch.autograd.backward(logits, self._at_scores(logits, inputs))
         else:
             result = out if isinstance(out, Tensor) else out[0]
             signs = torch.randint(0, 2, result.shape, generator=self.generator, device=result.device)
-            result.backward(self._counted((2 * signs - 1).to(result.dtype)))
+            torch.autograd.backward(result, self._counted((2 * signs - 1).to(result.dtype)))
         self.of_head = None
 
     def _counted(self, gradient: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Moments of the rows that a linear map multiplies: how they are found, and how they are summed.
 
-A second moment is a Gram matrix summed in float32. Only the strips on and above its diagonal are computed. Rows that come
-in bfloat16 are multiplied in bfloat16 where the processor can, with products and sums in float32: exact, for a product of
-two bfloat16 numbers fits in a float32. Measured on 16,384 rows and two cores with AVX-512 BF16: 576 wide 16 ms (plain
-float32 product 54 ms), 1536 wide 98 ms (381 ms), both 1.4e-7 from the product in float64; a product that rounds its
-result to bfloat16 is 1.7e-3 from it, and can leave the matrix indefinite.
+A second moment is a Gram matrix summed in float32. Only the strips on and above its diagonal are computed. Rows that
+come in bfloat16 are multiplied in bfloat16 where the processor can, with products and sums in float32: exact, for a
+product of two bfloat16 numbers fits in a float32. Measured on 16,384 rows and two cores with AVX-512 BF16: 576 wide
+16 ms (plain float32 product 54 ms), 1536 wide 98 ms (381 ms), both 1.4e-7 from the product in float64; a product that
+rounds its result to bfloat16 is 1.7e-3 from it, and can leave the matrix indefinite.
 
 Shape letters: M out features, N in features, R rows, B batch, C channels, G groups of a convolution, P positions.
 """
@@ -51,7 +51,7 @@ class Moments:
         assert rows.shape[-1] == self.width, f"rows {tuple(rows.shape)} for moments of width {self.width}"
         self.count += rows.shape[0]
         with _exact_products(rows.dtype):
-            for chunk in rows.split(_ROWS):
+            for chunk in torch.split(rows, _ROWS):
                 self._add(chunk.float())
 
     def _add(self, rows: Tensor) -> None:
@@ -148,8 +148,8 @@ def rows_in(found: Map, layer: nn.Module, x: Tensor, mask: Tensor | None = None)
         found: the map.
         layer: of the model that runs.
         x: (..., N), or (B, C, *positions) for a convolution.
-        mask: (B, T) of the windows under way, true where a token counts; rows of other tokens are left out when ``x`` is
-            laid out like it.
+        mask: (B, T) of the windows under way, true where a token counts; rows of other tokens are left out when ``x``
+            is laid out like it.
     """
     if found.kind == "embedding":
         yield x[mask] if mask is not None and x.shape == mask.shape else x
@@ -185,9 +185,9 @@ def _patches(layer: Any, x: Tensor, width: int) -> Iterator[Tensor]:
         for length, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)
     )
     few = max(1, _PATCH_BYTES // (size * width * layer.groups * x.element_size()))
-    for images in x.split(few):
+    for images in torch.split(x, few):
         found = functional.unfold(images, kernel, dilation=dilation, stride=stride)  # (B, G * N, P)
-        yield found.unflatten(1, (layer.groups, width)).transpose(2, 3).reshape(-1, width)
+        yield found.view(len(found), layer.groups, width, -1).transpose(2, 3).reshape(-1, width)
 
 
 def _padded(layer: Any, x: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 The model's own code runs, once, on all windows at a time. A block is filled when it is entered and emptied when it is
 left. Where its activations fit in memory, it is run once: the first layer that reads an input finds its moments, all
 layers that read the same input are settled, and the forward goes on with the settled weights, so that every layer sees
-the outputs of all layers settled before it. Where they do not fit, the block is run twice on a few windows at a time: once
-to look, with the layers of this block as they were, and once to go on.
+the outputs of all layers settled before it. Where they do not fit, the block is run twice on a few windows at a time:
+once to look, with the layers of this block as they were, and once to go on.
 
 Shape letters: B windows, T tokens, N in features.
 """
@@ -38,11 +38,13 @@ class Stage:
         name: the block's path, or the input group.
         layers: its layers, in order; at least one, unless it is a block that is only passed through.
         features: of a block, how many features all of its layers read and write for a token; 0 outside of blocks.
+        twins: outside of blocks, paths of further layers that hold the same table.
     """
 
     name: str
     layers: tuple[Map, ...]
     features: int = 0
+    twins: tuple[str, ...] = ()
 
     @property
     def is_block(self) -> bool:
@@ -69,7 +71,7 @@ class Settled:
 Settle = Callable[[Sequence[Map], Sequence[Statistics]], Sequence[Weight | None]]
 
 
-class _Finished(Exception):  # noqa: N818 - the way out of a forward, not an error
+class _Finished(Exception):
     """Raised inside the forward when nothing is left to settle."""
 
 
@@ -166,7 +168,8 @@ class Passage:
                 self._wrap(module.get_submodule(stage.name), turn)
             for found in stage.layers:
                 hook = self._meet(turn, found)
-                module.get_submodule(found.path).register_forward_pre_hook(hook, with_kwargs=True)
+                for path in (found.path, *stage.twins):
+                    module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
 
     def _fill(self, stage: Stage, names: Iterable[str]) -> None:
         """Fill a stage; with what was settled, when it was."""
@@ -203,7 +206,7 @@ class Passage:
                 self._finish(turn, passes)
             return _joined(outs, [size for _, size in parts])
 
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
     def _each(self, own: Callable[..., Any], turn: _Turn, parts: Sequence[tuple[Any, int]]) -> Iterator[Any]:
         whole, at = self.mask, 0

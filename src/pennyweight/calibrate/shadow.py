@@ -1,8 +1,8 @@
 """A model's own code without its weights: they are put in where they are needed, in the dtype it computes in.
 
 The walk runs the model's own forward on such a shadow, so that masks, positions and whatever stands between blocks are
-the model's business; and since a block is filled when it is entered and emptied when it is left, one block's weights are
-in memory at a time, wherever they come from.
+the model's business; and since a block is filled when it is entered and emptied when it is left, one block's weights
+are in memory at a time, wherever they come from.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Memory:
 
 
 def hollow(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` whose parameters are on the meta device, compact weights as dense ones; buffers are copied."""
+    """A copy of ``module`` with parameters on the meta device, compact weights as dense ones; buffers are copied."""
     stands_for: dict[int, object] = {}
     for layer in module.modules():
         if isinstance(layer, Weight):
@@ -90,7 +90,7 @@ class Shadow:
                     self._meta[id(parameter)] = parameter
                     self._name_of[name] = id(parameter)
         self._settle_buffers()
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
 
@@ -154,7 +154,7 @@ class Shadow:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """What calibration computes in: float64 for a float64 model, bfloat16 where the device is made for it, else float32."""
+    """What calibration computes in: float64 for a float64 model, bfloat16 where the device has it, else float32."""
     parameter = next(module.parameters(), torch.empty(0))
     if parameter.dtype == torch.float64:
         return torch.float64

@@ -49,17 +49,17 @@ def collect(
     nobody was sent to) has a count of 0 and unit moments. Maps that are no layer of their own (stacked experts) have no
     entry; see `pennyweight.model.experts`. A block that the model runs several times is looked at in its first run.
 
-    ``gradient`` is the mean squared gradient of the summed loss in nats by an output. Of a head over a vocabulary it is the
-    mean of p (1 - p), its expectation over the model's own labels. Models without class scores have no loss: there the
-    output is taken as the mean of a Gaussian of unit variance.
+    ``gradient`` is the mean squared gradient of the summed loss in nats by an output. Of a head over a vocabulary it is
+    the mean of p (1 - p), its expectation over the model's own labels. Models without class scores have no loss: there
+    the output is taken as the mean of a Gaussian of unit variance.
 
-    A table (embedding) is a map from rows to features: of it ``gradient`` (M,) is the share of look-ups that went to each
-    row, and ``second_moment`` (N, N), present when gradients are asked for, is the mean of ``g g^T`` over the gradients g
-    by what was looked up; a change D of the table costs ``0.5 * sum_i gradient_i * D_i second_moment D_i^T``.
+    A table (embedding) is a map from rows to features: of it ``gradient`` (M,) is the share of look-ups that went to
+    each row, and ``second_moment`` (N, N), present when gradients are asked for, is the mean of ``g g^T`` over the
+    gradients g by what was looked up; a change D of the table costs ``0.5 sum_i gradient_i D_i second_moment D_i^T``.
 
     Args:
         model: not changed.
-        windows: (B, T) token ids, (B, ...) pixels, or all inputs by name; tokens with ``attention_mask`` 0 do not count.
+        windows: (B, T) token ids, (B, ...) pixels, or inputs by name; tokens with ``attention_mask`` 0 are left out.
         needs: out of "second_moment", "absolute", "gradient".
         gradient_tokens: the first windows that hold this many tokens are run backward.
         labels: of causal language models: the next tokens, or "sampled" from the model. Others are always sampled.
@@ -100,6 +100,10 @@ def collect(
             found[layer.name] = _merged(layer, found.get(layer.name), factors.get(layer.name))
         if report is not None:
             report("gradient", 1, 1)
+    for layer in layers:
+        twins = [found[m.name] for m in layers if m.tied_to == layer.name and m.kind == layer.kind == "embedding"]
+        if twins:  # one table that several layers look up, as the two sides of an encoder-decoder do
+            found[layer.name] = _pooled([found[layer.name], *twins])
     return _with_parts(model.anatomy, {layer.name: found[layer.name] for layer in layers})
 
 
@@ -122,10 +126,11 @@ def walk(
 ) -> dict[str, Weight]:
     """Fit a model block by block; at the end, and only then, its layers are replaced by what was solved.
 
-    Layers are met in the order the model runs them: the embedding first (with what `collect` says of tables; a tied head
-    is not met again), the blocks, what follows them. Where a block's activations fit in ``activation_bytes``, each layer
-    sees the outputs of all layers fitted before it, and the walk costs one forward. Where they do not, the layers of a
-    block are all solved as they were met in the block before its fitting, and blocks are run twice (`Settled.passes`).
+    Layers are met in the order the model runs them: the embedding first (with what `collect` says of tables; a tied
+    head is not met again), the blocks, what follows them. Where a block's activations fit in ``activation_bytes``, each
+    layer sees the outputs of all layers fitted before it, and the walk costs one forward. Where they do not, the layers
+    of a block are all solved as they were met in the block before its fitting, and blocks are run twice
+    (`Settled.passes`).
 
     A walk that was stopped goes on, bit-identical, when ``done`` holds what ``finished`` was given.
 
@@ -207,8 +212,13 @@ def stages_of(found: Anatomy, layers: Sequence[Map]) -> list[Stage]:
     for block in found.blocks:
         inside = tuple(layer for layer in layers if layer.block == block.index)
         stages[block.path] = Stage(block.path, inside, features=max(1, sum(sum(m.shape) for m in block.maps)))
-    outside = {layer.name: Stage(layer.name, (layer,)) for layer in layers if layer.block is None}
-    return [*outside.values(), *stages.values()]
+    tables = [m for m in found.whole if m.kind == "embedding" and m.tied_to is not None and m not in layers]
+    outside = [
+        Stage(layer.name, (layer,), twins=tuple(table.path for table in tables if table.tied_to == layer.name))
+        for layer in layers
+        if layer.block is None
+    ]
+    return [*outside, *stages.values()]
 
 
 def chosen(found: Anatomy, only: Collection[str] | None) -> list[Map]:
@@ -298,6 +308,18 @@ def _merged(layer: Map, moments: Statistics | None, factors: Statistics | None) 
     if factors is None or factors.gradient is None:  # not reached, or without influence on the loss
         return changed(moments or Statistics(), gradient=torch.zeros(layer.shape[0]))
     return factors if moments is None else changed(moments, gradient=factors.gradient)
+
+
+def _pooled(tables: Sequence[Statistics]) -> Statistics:
+    """Of all look-ups of one table, from those of each layer that holds it."""
+    used = [table for table in tables if table.count]
+    total = sum(table.count for table in used)
+
+    def mean(values: Sequence[Tensor | None]) -> Tensor | None:
+        kept = [v * (t.count / total) for v, t in zip(values, used, strict=True) if v is not None]
+        return sum(kept[1:], start=kept[0]) if len(kept) == len(used) and kept else None
+
+    return Statistics(total, mean([t.second_moment for t in used]), gradient=mean([t.gradient for t in used]))
 
 
 def _with_parts(found: Anatomy, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
