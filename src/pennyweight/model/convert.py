@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pennyweight.model import assets, gguf_model, safetensors_file
+from pennyweight.model import assets, gguf_model, gguf_tokenizer, safetensors_file
 from pennyweight.model.gguf_file import GgufFile
 
 _PERMUTATION_SEED = 20251
@@ -33,7 +33,7 @@ def _smollm2(directory: Path, seed: int | None) -> None:
         file = GgufFile(path)
         config = gguf_model.config(file)
         tensors = dict(gguf_model.tensors(file, config))
-        gguf_model.tokenizer(file).save_pretrained(directory)
+        gguf_tokenizer.tokenizer(file).save_pretrained(directory)
     if seed is not None:
         tensors = permuted(tensors, config, torch.Generator().manual_seed(seed))
     safetensors_file.write(directory / "model.safetensors", tensors)

@@ -1,4 +1,4 @@
-"""A decoder read from a GGUF file: configuration, state dict and tokenizer as ``transformers`` has them.
+"""A decoder read from a GGUF file: configuration and state dict as ``transformers`` has them.
 
 Families: ``llama`` (which Mistral and SmolLM files call themselves too), ``qwen2`` and ``qwen3``.
 
@@ -7,15 +7,13 @@ Shape letters: H query heads, K key/value heads, D head size, E model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from pennyweight.errors import ModelError
 from pennyweight.model.gguf_file import GgufFile
@@ -36,12 +34,6 @@ _INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def config(file: GgufFile) -> PreTrainedConfig:
@@ -171,89 +163,3 @@ def _unpermuted(tensor: Tensor, name: str, made: PreTrainedConfig) -> Tensor:
         raise ModelError(f"GGUF tensor {name}: {tensor.shape[0]} rows do not divide into {heads} heads")
     pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
-
-
-def tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
-    """The tokenizer that the metadata describes.
-
-    Raises:
-        ModelError: none is there, or of a kind that cannot be rebuilt exactly.
-    """
-    model, splitting = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre")
-    tokens, merges = file.metadata.get("tokenizer.ggml.tokens"), file.metadata.get("tokenizer.ggml.merges")
-    if model != "gpt2" or tokens is None or merges is None or not _strings(tokens) or not _strings(merges):
-        raise ModelError(f"{file.path}: tokenizer model {model!r}; byte-level BPE (gpt2) with merges is read")
-    if splitting not in _SPLITTING:
-        raise ModelError(f"{file.path}: pre-tokenizer {splitting!r}; read are {', '.join(_SPLITTING)}")
-    kinds = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    try:
-        rebuilt = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, pairs))
-    except Exception as error:  # the Rust side raises the bare class
-        raise ModelError(f"{file.path}: its merges do not fit its vocabulary ({error})") from error
-    rebuilt.pre_tokenizer = _SPLITTING[splitting]()
-    if splitting == "qwen2":
-        rebuilt.normalizer = normalizers.NFC()
-    rebuilt.decoder = decoders.ByteLevel()
-    control, user_defined = 3, 4  # token types of the specification
-    rebuilt.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, kinds, strict=False) if k == control]
-    )
-    rebuilt.add_tokens(
-        [AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=False) if k == user_defined]
-    )
-    special = _special_tokens(file, tokens)
-    if file.metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
-        first = special["bos_token"]
-        rebuilt.post_processor = processors.Sequence(
-            [
-                processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(
-                    single=f"{first}:0 $A:0",
-                    pair=f"{first}:0 $A:0 {first}:1 $B:1",
-                    special_tokens=[(first, tokens.index(first))],
-                ),
-            ]
-        )
-    make: Any = PreTrainedTokenizerFast  # untyped
-    found: PreTrainedTokenizerFast = make(
-        tokenizer_object=rebuilt,
-        clean_up_tokenization_spaces=False,
-        model_max_length=file.metadata.get(f"{file.metadata['general.architecture']}.context_length", 10**9),
-        **special,
-        **({"chat_template": chat} if (chat := file.metadata.get("tokenizer.chat_template")) else {}),
-    )
-    return found
-
-
-def _special_tokens(file: GgufFile, tokens: list[str]) -> dict[str, str]:
-    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    found = {}
-    for name, key in keys.items():
-        index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(index, int) and 0 <= index < len(tokens):
-            found[name] = tokens[index]
-    return found
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
-
-
-def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-_SPLITTING: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "llama-bpe": lambda: _split_by(_LLAMA3),
-    "qwen2": lambda: _split_by(_QWEN2),
-}

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from pennyweight.errors import ModelError, PennyweightError
-from pennyweight.model import assets, compact, gguf_model
+from pennyweight.model import assets, compact, gguf_model, gguf_tokenizer
 from pennyweight.model.checkpoint import Checkpoint
 from pennyweight.model.gguf_file import GgufFile
 from pennyweight.model.model import Model, kind_of
@@ -137,7 +137,7 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> Model:
     }
     module = build(config, tensors, dtype, str(path))
     try:
-        tokenizer, why_not = gguf_model.tokenizer(file), ""
+        tokenizer, why_not = gguf_tokenizer.tokenizer(file), ""
     except ModelError as error:
         tokenizer, why_not = None, str(error)
     return Model(module, tokenizer, name, kind_of(type(module).__name__), config, why_not)
@@ -153,13 +153,13 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], dtype: torch.dty
     cls: Any = getattr(transformers, architecture, None) or transformers.AutoModel
     try:
         with _quiet():
+            _check_shapes(cls, config, tensors, where)
             module, found = cls.from_pretrained(
                 None,
                 config=config,
                 state_dict=tensors,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
             )
     except PennyweightError:
         raise
@@ -186,6 +186,21 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], dtype: torch.dty
                 part.config.__dict__.pop("_is_quantized", None)
     built: PreTrainedModel = module.eval()
     return built
+
+
+def _check_shapes(cls: Any, config: PreTrainedConfig, tensors: dict[str, Tensor], where: str) -> None:
+    """Refuse tensors of other shapes than ``config`` asks for, before anything of that size is allocated."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > max(len(tensors), 1) and not hasattr(config, "quantization_config"):
+        raise ModelError(f"{where}: {layers} layers are configured, and there are {len(tensors)} tensors")
+    if not issubclass(cls, PreTrainedModel):
+        return  # an Auto class: which model it makes is found out by making it
+    with torch.device("meta"):
+        skeleton = cls(config)
+    for name, wanted in skeleton.state_dict().items():
+        if name in tensors and tensors[name].shape != wanted.shape:
+            there = tuple(tensors[name].shape)
+            raise ModelError(f"{where}: {name} is {there}, the configuration asks for {tuple(wanted.shape)}")
 
 
 def restore(module: nn.Module, directory: str | Path, *, name: str | None = None) -> Model:
