@@ -25,10 +25,10 @@ from pennyweight.laws import (
     vocab,
 )
 from pennyweight.laws.catalog import Card, predict_receipt, registry, show
-from pennyweight.laws.discontinuity import discontinuity
 from pennyweight.laws.fitter import fit, fit_csv
 from pennyweight.laws.henighan import entropy_estimate, nopt, size_for_kl
 from pennyweight.laws.infinite import asymptote, data_efficiency
+from pennyweight.laws.jumps import discontinuity
 from pennyweight.laws.law import Law, LawReceipt, Prediction, law
 from pennyweight.laws.minicpm import batch_by_loss, fit_from_wsd
 from pennyweight.laws.qat import fit_qat, qat_fraction

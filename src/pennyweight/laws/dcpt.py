@@ -242,9 +242,10 @@ def fit(rows: Any, **options: Any) -> DCPT:
 
 
 def _fit_cross(points: Mapping[str, Any], k1: Any, k2: Any, options: Mapping[str, Any]) -> CrossDomain:
-    if len(np.unique(np.stack([k1, k2]), axis=1).T) < 2:
-        raise DataError("dcpt.fit: one (k1, k2) only; a law across domains needs at least two")
-    quick = {**options, "bootstrap": 0, "holdout": False, "starts": 1024, "survivors": 8}
+    domains = np.unique(np.stack([k1, k2]), axis=1).shape[1]
+    if domains < 4:
+        raise DataError(f"dcpt.fit: {domains} domains (k1, k2); E, F, mu and w2 are told apart by at least 4")
+    quick = {**options, "bootstrap": 0, "holdout": False, "starts": 512, "survivors": 4}
 
     def fitted(log_w2: float, how: Mapping[str, Any]) -> Law:
         return fitter.fit({**points, "K": 1 / k1 + np.exp(log_w2) * k2}, "dcpt_cross", **how)
@@ -265,4 +266,4 @@ def _minimum_coarse(function: Callable[[float], float], center: float) -> float:
     grid = center + np.linspace(-4.0, 4.0, 9)
     at = int(np.argmin([function(float(point)) for point in grid]))
     bounds = (grid[max(at - 1, 0)], grid[min(at + 1, grid.size - 1)])
-    return float(minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-3, "maxiter": 20}).x)
+    return float(minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-3, "maxiter": 16}).x)
