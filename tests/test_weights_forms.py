@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import FORMS, SQUARE, gradient_matches_dense, hash32_plain, matches_dense
+from torch.utils.flop_counter import FlopCounterMode
 
 from pennyweight.errors import FormError, OptionError, ShapeError, UserError
 from pennyweight.weights import (
@@ -34,6 +35,7 @@ from pennyweight.weights import (
     Weight,
     by_rows,
     forms,
+    hashed,
     rebuild,
 )
 from pennyweight.weights.hashed import hash32
@@ -273,6 +275,17 @@ def test_kronecker_error_is_exactly_the_discarded_singular_values(m1, n1, m2, n2
     np.testing.assert_allclose(left_over(one, matrix), np.linalg.norm(discarded[1:]), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("shapes", [((2, 9), (5, 3)), ((9, 2), (3, 5)), ((4, 4), (1, 8))])
+def test_kronecker_takes_the_cheaper_side_first_both_ways(shapes):
+    weight = Kronecker(normal(0, *shapes[0]), normal(1, *shapes[1]))
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        weight(normal(2, 1, weight.shape[1]))
+    with torch.no_grad(), FlopCounterMode(display=False) as left:
+        weight.left(normal(2, 1, weight.shape[0]))
+    assert forward.get_total_flops() == weight.cost().flops
+    assert left.get_total_flops() == weight.T.cost().flops
+
+
 def test_the_nearest_block_diagonal_keeps_the_blocks():
     matrix = normal(0, 6, 9)
     wanted = torch.block_diag(matrix[:2, :3], matrix[2:4, 3:6], matrix[4:, 6:])
@@ -417,8 +430,16 @@ def test_random_bases_are_made_in_pieces_as_in_one(monkeypatch):
     weight = RandomBasis(normal(0, 9), rows=4, columns=5)
     whole = weight.dense()
     (gradient,) = torch.autograd.grad((whole * normal(1, 4, 5)).sum(), weight.coefficients)
-    monkeypatch.setattr("pennyweight.weights.hashed._CHUNK", 40)
+    monkeypatch.setattr(hashed, "_CHUNK", 40)
+    made, sizes = hashed.random_bases, []
+
+    def watched(seed: int, start: int, stop: int, count: int, size: int, device: torch.device) -> torch.Tensor:
+        sizes.append((stop - start) * size)
+        return made(seed, start, stop, count, size, device)
+
+    monkeypatch.setattr(hashed, "random_bases", watched)
     (in_pieces,) = torch.autograd.grad((weight.dense() * normal(1, 4, 5)).sum(), weight.coefficients)
+    assert sizes == [40, 40, 40, 40, 20] * 2
     torch.testing.assert_close(weight.dense(), whole)
     torch.testing.assert_close(in_pieces, gradient)
     torch.testing.assert_close(gradient, torch.einsum("kmn,mn->k", weight.bases(), normal(1, 4, 5)))

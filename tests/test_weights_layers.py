@@ -148,12 +148,13 @@ def test_embedding_rows_factor_and_padding():
 
 
 def test_embedding_speaks_the_dtype_of_its_model():
-    compact = CompactEmbedding(Quantized.nearest(normal(0, 9, 8), bits=4), factor=8**0.5, dtype=torch.bfloat16)
+    compact = CompactEmbedding(Quantized.nearest(normal(0, 9, 8), bits=4), factor=3.3, dtype=torch.bfloat16)
     assert list(compact.state_dict()) == list(Quantized.nearest(normal(0, 9, 8), bits=4).state_dict(prefix="weight."))
-    found = compact(torch.tensor([3]))
+    found = compact(torch.arange(9))
     assert found.dtype == torch.bfloat16
-    rounded = compact.weight.dense()[[3]].bfloat16()
-    assert torch.equal(found, rounded * torch.tensor(8**0.5, dtype=torch.bfloat16))
+    rounded = compact.weight.dense().bfloat16()
+    assert torch.equal(found, rounded * torch.tensor(3.3, dtype=torch.bfloat16))
+    assert not torch.equal(found, rounded * 3.3)  # the factor is rounded as well, as models round it
     assert copy.deepcopy(compact).float()(torch.tensor([3])).dtype == torch.float32
     assert CompactEmbedding(Dense(normal(0, 2, 2).half()))(torch.tensor(0)).dtype == torch.float16
 
