@@ -198,6 +198,7 @@ def test_missing_and_misshapen_tensors_are_named(mine: Path) -> None:
         ('{"model_type": "llama", "hidden_size": "many"}', r"config\.json"),
         ('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}', r"config\.json|cannot be built"),
         ('{"model_type": ["llama"]}', "model_type"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "asks for 1000000000 blocks, the files hold"),
         ('{"model_type": "llama", "quantization_config": 3}', "already quantized with 3"),
     ],
 )

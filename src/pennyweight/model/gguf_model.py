@@ -65,14 +65,24 @@ def config(file: GgufFile) -> PreTrainedConfig:
             f"{file.path}: {heads} heads, {kv_heads} key/value heads of {head_dim} and {rotated} rotated dimensions "
             "make no attention that this reader knows"
         )
-    if "token_embd.weight" not in file.entries:
-        raise ModelError(f"{file.path}: holds no token_embd.weight; this is not a whole model")
+    inner, blocks = count("feed_forward_length"), count("block_count")
+    # a damaged count would otherwise be built before it is missed: a billion blocks, an endless embedding
+    for name, wanted in {
+        "token_embd.weight": (width,),
+        "blk.0.attn_q.weight": (heads * head_dim, width),
+        "blk.0.attn_k.weight": (kv_heads * head_dim, width),
+        "blk.0.ffn_up.weight": (inner, width),
+        f"blk.{blocks - 1}.ffn_norm.weight": (width,),
+    }.items():
+        there = file.entries[name].shape if name in file.entries else ()
+        if there[-len(wanted) :] != wanted or len(there) > 2:
+            raise ModelError(f"{file.path}: {name} is {there or 'missing'}, the metadata ask for {wanted}")
     theta = real("rope.freq_base") if f"{family}.rope.freq_base" in file.metadata else 10000.0
     made: PreTrainedConfig = CONFIGS[family](
         vocab_size=file.entries["token_embd.weight"].shape[0],
         hidden_size=width,
-        intermediate_size=count("feed_forward_length"),
-        num_hidden_layers=count("block_count"),
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,

@@ -115,6 +115,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
 def _from_directory(directory: Path, dtype: torch.dtype, name: str) -> Model:
     config = read_config(directory)
     checkpoint = Checkpoint(directory)
+    blocks, held = getattr(config, "num_hidden_layers", 0), len(checkpoint.names())
+    if isinstance(blocks, int) and blocks > held:  # a damaged count would be built before it is missed
+        raise ModelError(f"{directory}: config.json asks for {blocks} blocks, the files hold {held} tensors")
     if compact.is_compact(directory) or hasattr(config, "quantization_config"):
         layout = compact.read_layout(checkpoint)
         tensors = compact.Overlay(checkpoint, layout).rest()
