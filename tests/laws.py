@@ -32,6 +32,7 @@ from pennyweight.weights import (
     Codebook,
     Dense,
     Diagonal,
+    DictionaryCoded,
     EntropyCoded,
     Grid,
     Hadamard,
@@ -164,6 +165,12 @@ def entropy_coded(g: Generator, m: int, n: int) -> Drawn:
     value = [torch.from_numpy(2.0 ** ((part.double().numpy() - 128) / 16)) for part in (row, column)]
     matrix = 0.5 * codes.double() * value[0][:, None] * value[1]
     return EntropyCoded.encode(codes, row, column, step=0.5), matrix.float()
+
+
+def dictionary_coded(g: Generator, m: int, n: int) -> Drawn:
+    codes, levels = whole(g, 3, m, n) * (torch.rand(m, n, generator=g) < 0.4), draw(g, m, 2)
+    table = np.concatenate([np.zeros((m, 1), dtype=np.float32), levels.numpy()], axis=1)
+    return DictionaryCoded.encode(codes, levels), torch.from_numpy(np.take_along_axis(table, codes.numpy(), axis=1))
 
 
 def kept_at(share: float) -> Form:
@@ -306,6 +313,7 @@ FORMS: list[Form] = [
     codebook_of_groups,
     vector_codebook,
     entropy_coded,
+    dictionary_coded,
     kept_at(0.0),
     kept_at(0.1),
     kept_at(0.6),

@@ -3,6 +3,7 @@
 from pennyweight.weights.codebook import Codebook, normal_float
 from pennyweight.weights.combine import Hadamard, Product, Sum
 from pennyweight.weights.dense import Dense
+from pennyweight.weights.dictionary import DictionaryCoded
 from pennyweight.weights.entropy import EntropyCoded
 from pennyweight.weights.grid import Grid
 from pennyweight.weights.hashed import Hashed, RandomBasis
@@ -26,6 +27,7 @@ __all__ = [
     "Cost",
     "Dense",
     "Diagonal",
+    "DictionaryCoded",
     "EntropyCoded",
     "Grid",
     "Hadamard",
