@@ -98,6 +98,16 @@ def test_damaged_streams_are_refused():
         DictionaryCoded.encode(torch.tensor([[3]]), torch.ones(1, 2))
 
 
+@pytest.mark.parametrize(("columns", "dtype"), [(65534, torch.int16), (65535, torch.int32)])
+def test_counts_would_hold_a_row_of_nothing_but_pairs(columns, dtype):
+    codes = torch.zeros(1, columns, dtype=torch.int64)
+    codes[0, -1] = 2
+    found = DictionaryCoded.encode(codes, torch.ones(1, 2))
+    assert found.counts.dtype == dtype
+    assert -(-columns // 2) <= torch.iinfo(dtype).max
+    assert torch.equal(found.codes().long(), codes)
+
+
 # --- the solver
 
 

@@ -165,7 +165,7 @@ class DictionaryCoded(Weight):
         if zeros is None:  # not exactly, so that the matrices of a model share their dictionaries
             zeros = min(995, max(335, 5 * round(200 * float((codes == 0).float().mean()))))
         words, counts = _parse(codes.detach().cpu().to(torch.uint8).numpy(), _dictionary(zeros))
-        size = torch.int16 if codes.shape[1] < 2**16 else torch.int32
+        size = torch.int16 if codes.shape[1] < 2**16 - 1 else torch.int32  # a word holds two symbols or more
         return cls(
             torch.from_numpy(words.astype(np.uint16).view(np.int16)),
             torch.from_numpy(counts).to(size),
