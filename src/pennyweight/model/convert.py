@@ -79,11 +79,14 @@ def permuted(tensors: dict[str, Tensor], config: PreTrainedConfig, generator: to
             take(f"{at}.self_attn.{letter}_proj.bias", 0, order)
         take(f"{at}.self_attn.o_proj.weight", 1, query_rows)
         take(f"{at}.self_attn.o_proj.weight", 0, channels)
+        take(f"{at}.self_attn.o_proj.bias", 0, channels)
         for part in ("gate", "up"):
             take(f"{at}.mlp.{part}_proj.weight", 1, channels)
             take(f"{at}.mlp.{part}_proj.weight", 0, neurons)
+            take(f"{at}.mlp.{part}_proj.bias", 0, neurons)
         take(f"{at}.mlp.down_proj.weight", 1, neurons)
         take(f"{at}.mlp.down_proj.weight", 0, channels)
+        take(f"{at}.mlp.down_proj.bias", 0, channels)
     return made
 
 
