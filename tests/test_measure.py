@@ -73,7 +73,7 @@ def test_a_language_model_is_weighed_scored_and_timed(windows):
     assert found["loss"].value in found["loss"].interval
     assert found["perplexity"].interval.high == pytest.approx(math.exp(found["loss"].interval.high))
     assert found.samples["loss"] == pytest.approx(losses.double().mean(1).tolist())
-    assert found["prefill"].value > found["decode"].value > 0
+    assert min(found["prefill"].value, found["decode"].value) > 0  # tiny models tell nothing of which is faster
     flops = costs.flops_per_token + costs.attention_flops(10)
     moved = costs.bytes_read_per_token + costs.kv_bytes(10)
     assert found["decode_bound"].value == pytest.approx(1 / max(flops / 1e11, moved / 1e10))

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 import subprocess
 import sys
 
@@ -221,6 +222,7 @@ def test_what_cannot_decode_is_named():
 
 HOLD = """
 import os
+bytearray(b"1") * 120_000_000  # what an import needs for a moment is no part of what the function takes
 def hold(megabytes, then=None):
     if then == "raise":
         raise KeyError("as asked")
@@ -244,7 +246,8 @@ def test_peak_of_a_function_is_what_it_holds(hold):
     small, large = memory.peak(hold, 1), memory.peak(hold, 150)
     assert (small.result, large.result) == (1, 150)
     assert large.added_bytes == pytest.approx(150e6, rel=0.1)
-    assert small.added_bytes < 20e6
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert small.added_bytes < 20e6
     assert large.base_bytes > 5e6
     assert large.bytes == large.base_bytes + large.added_bytes
 

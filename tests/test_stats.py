@@ -5,6 +5,7 @@ from itertools import chain, combinations, product
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from hypothesis import given, settings
@@ -173,6 +174,22 @@ def test_detectable_of_a_verdict_is_a_ratio():
 def test_sample_sizes_are_those_of_the_tables(size, n):
     # one sample, one-sided 5 %, power 80 %: Cohen's small, medium and large effects (G*Power 3, pwr.t.test)
     assert samples_needed(size, 1.0) == n
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 30])
+@pytest.mark.parametrize("distance", [0.1, 0.7, 2.0])
+def test_power_is_the_integral_over_the_spread_that_is_seen(n, distance):
+    # the mean is normal, the variance seen chi-squared: integrate one given the other
+    critical, freedom = scipy.stats.t.ppf(0.95, n - 1), n - 1
+    expected, _ = scipy.integrate.quad(
+        lambda v: (
+            scipy.stats.norm.sf(critical * math.sqrt(v / freedom) - distance * math.sqrt(n))
+            * scipy.stats.chi2.pdf(v, freedom)
+        ),
+        0,
+        np.inf,
+    )
+    assert power(distance, 1.0, n) == pytest.approx(expected, abs=1e-6)
 
 
 @given(distance=st.floats(0.01, 5), spread=st.floats(0.1, 2), wanted=st.floats(0.5, 0.99))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 _MATRIX = 1024
-_MEMORY = 2**27  # bytes read: far more than any cache holds
+_MEMORY = 2**28  # bytes read: far more than caches hold
 _REPEATS = 5
 
 
