@@ -98,9 +98,10 @@ class Passage:
         needs: moments to find, out of "second_moment" and "absolute".
         sequential: go on with the settled weights; otherwise with the model's own.
         done: stages settled by an earlier run; their weights are put in and nothing is looked at.
-        finished: called after each stage.
+        finished: called after each stage, those in ``done`` among them.
         batch: windows a block is run on at a time; None for as many as ``activation_bytes`` allow.
         activation_bytes: what may be alive in a block.
+        keep: hold on to the weights of finished blocks; a model that runs a block twice needs them.
         report: called with ("calibrate", stages done, stages).
     """
 
@@ -116,12 +117,13 @@ class Passage:
         finished: Callable[[Settled], None] | None = None,
         batch: int | None = None,
         activation_bytes: int = ACTIVATION_BYTES,
+        keep: bool = True,
         report: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.shadow, self.stages, self.settle = shadow, stages, settle
         self.needs, self.sequential = frozenset(needs), sequential
         self.done, self.finished, self.report = done or {}, finished, report
-        self.batch, self.activation_bytes = batch, activation_bytes
+        self.batch, self.activation_bytes, self.keep = batch, activation_bytes, keep
         self.ambient_grad = torch.is_grad_enabled()
         self.pending = [stage.name for stage in stages if stage.layers]
         self.count = len(self.pending)
@@ -186,6 +188,8 @@ class Passage:
         names = [name for name in self.shadow.names() if name.startswith(f"{stage.name}.")]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if stage.layers and stage.name not in self.pending and not self.keep:
+                raise ModelError(f"{stage.name}: the model runs this block more than once; walk over it in memory")
             self._fill(stage, names)
             parts = list(_parts((args, kwargs), self.windows, self._windows_at_once(stage, (args, kwargs))))
             first = stage.name in self.pending
@@ -299,8 +303,10 @@ class Passage:
         if turn.stage.name not in self.pending:
             return
         self.pending.remove(turn.stage.name)
-        if self.finished is not None and turn.stage.name not in self.done:
+        if self.finished is not None:
             self.finished(Settled(turn.stage.name, turn.weights, passes))
+        if turn.stage.is_block and not self.keep:
+            turn.weights = {}
         if self.report is not None:
             self.report("calibrate", self.count - len(self.pending), self.count)
         if self.running and not self.pending:

@@ -158,9 +158,14 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     parameter = next(module.parameters(), torch.empty(0))
     if parameter.dtype == torch.float64:
         return torch.float64
-    if parameter.device.type == "cuda":
+    return native_dtype(parameter.device.type)
+
+
+def native_dtype(device: str) -> torch.dtype:
+    """bfloat16 where a device of this type multiplies it in hardware, else float32."""
+    if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        native = parameter.device.type == "cpu" and probe is not None and bool(probe())
+        native = device == "cpu" and probe is not None and bool(probe())
     return torch.bfloat16 if native else torch.float32

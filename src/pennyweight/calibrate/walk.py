@@ -73,7 +73,7 @@ def collect(
         OptionError: an unknown statistic.
         DataError: no windows, inputs the model does not take, or NaN on the way.
     """
-    needs = _checked(needs)
+    needs = checked(needs)
     inputs = inputs_of(model, windows)
     layers = [found for found in model.anatomy.whole if found.replaceable]
     found: dict[str, Statistics] = {}
@@ -87,7 +87,7 @@ def collect(
             _shadow(model, dtype), stages_of(model.anatomy, layers), keep,
             needs=needs - {"gradient"}, sequential=False, batch=batch, report=report,
         )  # fmt: skip
-        passage.run(_cast(inputs, passage.shadow.dtype))
+        passage.run(cast(inputs, passage.shadow.dtype))
     if "gradient" in needs:
         few = _first(inputs, gradient_tokens)
         shadow = _shadow(model, dtype)
@@ -95,7 +95,7 @@ def collect(
         backward = Backward(
             shadow, layers, head=model.anatomy.head, kind=model.kind, labels=labels, loss=loss, seed=seed
         )
-        factors = backward.run(_cast(few, shadow.dtype))
+        factors = backward.run(cast(few, shadow.dtype))
         for layer in layers:
             found[layer.name] = _merged(layer, found.get(layer.name), factors.get(layer.name))
         if report is not None:
@@ -145,7 +145,7 @@ def walk(
         known: statistics that are there already, as from `collect`; what the walk does not find itself (gradients,
             and all of a table) is taken from there, and looked for first where it is missing.
         done: the weights of finished stages, by stage name; a layer missing in its stage was left alone.
-        finished: called after each stage.
+        finished: called after each stage, those in ``done`` among them.
         batch: windows a block is run on at a time.
         activation_bytes: what may be alive in a block at a time, where ``batch`` is not given.
         dtype: to compute in, as in `collect`.
@@ -158,13 +158,13 @@ def walk(
         OptionError: an unknown statistic or layer, or both or neither way to solve.
         DataError: as `collect`.
     """
-    needs = _checked(needs)
+    needs = checked(needs)
     layers = chosen(model.anatomy, only)
     inputs = inputs_of(model, windows) if windows is not None else ()
     if windows is None and needs:
         raise DataError(f"walk: {', '.join(sorted(needs))} cannot be found without calibration windows; give some")
     known = dict(known or {})
-    if "gradient" in needs and any(_lacks_gradient(layer, known) for layer in layers):
+    if "gradient" in needs and any(lacks_gradient(layer, known) for layer in layers):
         assert windows is not None
         known = collect(model, windows, needs={"gradient"}, dtype=dtype, report=report) | {
             name: statistics for name, statistics in known.items() if statistics.gradient is not None
@@ -175,7 +175,7 @@ def walk(
         needs=needs - {"gradient"}, sequential=sequential, done=done, finished=finished,
         batch=batch, activation_bytes=activation_bytes, report=report,
     )  # fmt: skip
-    passage.run(_cast(inputs, shadow.dtype))
+    passage.run(cast(inputs, shadow.dtype))
     settled = passage.weights()
     weights = {layer.name: settled[layer.name] for layer in layers if layer.name in settled}
     for layer in layers:
@@ -249,6 +249,7 @@ def inputs_of(model: Model, windows: Windows) -> Inputs:
             f"{model.name}: calibration windows {shapes or 'of nothing'}; give at least one, equally many of each"
         )
     device = next(iter(model.module.parameters()), tensors[0]).device
+    device = tensors[0].device if device.type == "meta" else device
     if isinstance(windows, Mapping):
         return {name: tensor.to(device) for name, tensor in windows.items()}
     if model.kind == "seq2seq":
@@ -260,7 +261,8 @@ def inputs_of(model: Model, windows: Windows) -> Inputs:
     return (windows.to(device),)
 
 
-def _checked(needs: Collection[str]) -> frozenset[str]:
+def checked(needs: Collection[str]) -> frozenset[str]:
+    """``needs``, or an OptionError when one of them is unknown."""
     unknown = sorted(set(needs) - STATISTICS)
     if unknown:
         raise OptionError(f"calibrate: unknown statistic {unknown[0]!r}; there are {', '.join(sorted(STATISTICS))}")
@@ -271,7 +273,8 @@ def _shadow(model: Model, dtype: torch.dtype | None) -> Shadow:
     return Shadow(hollow(model.module), Memory(model.module), dtype or compute_dtype(model.module))
 
 
-def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """``inputs`` with numbers, but not token ids, in ``dtype``."""
     if isinstance(inputs, Mapping):
         return {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
@@ -287,7 +290,8 @@ def _first(inputs: Inputs, tokens: int) -> Inputs:
     return tuple(tensor[:count] for tensor in inputs)
 
 
-def _lacks_gradient(layer: Map, known: Mapping[str, Statistics]) -> bool:
+def lacks_gradient(layer: Map, known: Mapping[str, Statistics]) -> bool:
+    """Whether a backward has to find the gradient of ``layer``."""
     return layer.kind != "embedding" and (layer.name not in known or known[layer.name].gradient is None)
 
 
