@@ -248,7 +248,7 @@ def options_of(instance: Any) -> dict[str, Any]:
 
 
 def needs_of(instance: Any) -> frozenset[str]:
-    """The statistics that a lever reads with these very options: its own ``needs`` where it has one, else its card's."""
+    """The statistics that a lever reads with these very options: its own ``needs`` where it has one, or its card's."""
     own: frozenset[str] | None = getattr(instance, "needs", None)
     return find(instance.lever_name).needs if own is None else own
 
