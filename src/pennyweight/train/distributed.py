@@ -38,5 +38,6 @@ def processes(backend: str | None = None) -> Iterator[int]:
     dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
     try:
         yield dist.get_rank()
+        dist.barrier()  # who leaves while another still talks to it takes that one's threads down
     finally:
         dist.destroy_process_group()
