@@ -90,9 +90,10 @@ class Shadow:
                     self._meta[id(parameter)] = parameter
                     self._name_of[name] = id(parameter)
         self._settle_buffers()
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
+        for layer in module.modules():  # an encoder and a decoder have configurations of their own
+            config: Any = getattr(layer, "config", None)
+            if getattr(config, "use_cache", False):
+                config.use_cache = False
 
     def _settle_buffers(self) -> None:
         for path, layer in self.module.named_modules():

@@ -77,6 +77,11 @@ def collect(
     inputs = inputs_of(model, windows)
     layers = [found for found in model.anatomy.whole if found.replaceable]
     found: dict[str, Statistics] = {}
+    factors: dict[str, Statistics] = {}
+    if "gradient" in needs:  # first: the backward takes most memory, and second moments are not there yet
+        factors = _factors(model, layers, _first(inputs, gradient_tokens), labels, loss, dtype, seed)
+        if report is not None:
+            report("gradient", 1, 1)
     if needs - {"gradient"}:
 
         def keep(maps: Sequence[Map], statistics: Sequence[Statistics]) -> list[None]:
@@ -89,17 +94,7 @@ def collect(
         )  # fmt: skip
         passage.run(cast(inputs, passage.shadow.dtype))
     if "gradient" in needs:
-        few = _first(inputs, gradient_tokens)
-        shadow = _shadow(model, dtype)
-        shadow.fill(shadow.names())
-        backward = Backward(
-            shadow, layers, head=model.anatomy.head, kind=model.kind, labels=labels, loss=loss, seed=seed
-        )
-        factors = backward.run(cast(few, shadow.dtype))
-        for layer in layers:
-            found[layer.name] = _merged(layer, found.get(layer.name), factors.get(layer.name))
-        if report is not None:
-            report("gradient", 1, 1)
+        found = {layer.name: _merged(layer, found.get(layer.name), factors.get(layer.name)) for layer in layers}
     for layer in layers:
         twins = [found[m.name] for m in layers if m.tied_to == layer.name and m.kind == layer.kind == "embedding"]
         if twins:  # one table that several layers look up, as the two sides of an encoder-decoder do
@@ -267,6 +262,22 @@ def checked(needs: Collection[str]) -> frozenset[str]:
     if unknown:
         raise OptionError(f"calibrate: unknown statistic {unknown[0]!r}; there are {', '.join(sorted(STATISTICS))}")
     return frozenset(needs)
+
+
+def _factors(
+    model: Model,
+    layers: Sequence[Map],
+    inputs: Inputs,
+    labels: Labels,
+    loss: Callable[[Any, Inputs], Tensor] | None,
+    dtype: torch.dtype | None,
+    seed: int,
+) -> dict[str, Statistics]:
+    """What a backward over ``inputs`` finds, by map name."""
+    shadow = _shadow(model, dtype)
+    shadow.fill(shadow.names())
+    backward = Backward(shadow, layers, head=model.anatomy.head, kind=model.kind, labels=labels, loss=loss, seed=seed)
+    return backward.run(cast(inputs, shadow.dtype))
 
 
 def _shadow(model: Model, dtype: torch.dtype | None) -> Shadow:
