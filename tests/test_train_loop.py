@@ -171,6 +171,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, make, cut):
     assert other.run(9) == losses[cut:]
     assert_same(state(again), state(module))
     assert other.samples == run.samples
+    groups = [{**group, "params": None} for one in (run, other) for group in one.optimizer.param_groups]
+    assert groups[0] == groups[1]  # tuples too
 
 
 def test_a_decay_branches_off_a_stable_run(tmp_path):
