@@ -31,8 +31,9 @@ def token_losses(
         module: a causal language model, dense or with compact layers; left as it was.
         windows: (W, T) token ids.
         batch: windows run together; the result does not depend on it but for rounding.
-        dtype: of matrix products; None for that of the weights. With bfloat16 (autocast) SmolLM2-135M takes 0.6 of the
-            time, and single losses move by some 0.02 nats.
+        dtype: of matrix products; None for that of the weights. With bfloat16 (autocast) SmolLM2-135M takes
+            0.43 of the time on a processor that has it; its perplexity on 32 windows of 512 moves by x 1.0005 with a
+            standard error of 0.0003, single losses by 0.04 nats and at worst 1.5. So: float32 for receipts.
         report: called with the windows done and W.
 
     Raises:
