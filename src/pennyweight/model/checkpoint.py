@@ -92,6 +92,7 @@ class Checkpoint:
         """
         file, entry = self._entry(name)
         tensor = read_tensor(file, entry)
-        if tensor.dtype.itemsize == 1:  # 8-bit floats cannot be summed; their values are checked once widened
-            return tensor
-        return check_finite(tensor, f"{file}: {name}")
+        if tensor.is_floating_point():
+            # 8-bit floats cannot be summed
+            check_finite(tensor if tensor.dtype.itemsize > 1 else tensor.float(), f"{file}: {name}")
+        return tensor

@@ -62,8 +62,9 @@ def save(
     module = model.module
     tensors = _dense_tensors(module) if dense else compact.stored_tensors(module)[0]
     for name, tensor in tensors.items():
-        if tensor.dtype.itemsize > 1:  # the 8-bit floats of compact layers have no sum
-            check_finite(tensor, f"{model.name}: {name}")
+        if tensor.is_floating_point():
+            # 8-bit floats cannot be summed
+            check_finite(tensor if tensor.dtype.itemsize > 1 else tensor.float(), f"{model.name}: {name}")
     with staged(directory, overwrite=overwrite) as aside:
         tensors = {name: _narrowed(name, tensor, module, dtype, dense) for name, tensor in tensors.items()}
         if not dense:
