@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
 from pennyweight import data
-from pennyweight.claims import Outcome, claim
+from pennyweight.claims import Outcome, claim, tiny
 from pennyweight.claims.assets import Assets
 from pennyweight.measure import stats
 from pennyweight.train import Samples, Trainer, effective_step
@@ -84,6 +84,7 @@ def _compare(makes: dict[str, Make], rate: float) -> Outcome:
 
 
 @claim(row=60, pace="quick", headline=_HEADLINE)
+@tiny.one_thread()
 def adamp_keeps_norms_and_accuracy(assets: Assets) -> Outcome:
     """A small network with batch normalization on digits, three seeds, one rate for all."""
     makes: dict[str, Make] = {
@@ -95,6 +96,7 @@ def adamp_keeps_norms_and_accuracy(assets: Assets) -> Outcome:
 
 
 @claim(row=60, pace="quick", headline=_HEADLINE)
+@tiny.one_thread()
 def sgdp_keeps_norms_and_accuracy(assets: Assets) -> Outcome:
     """The same beside SGD with momentum."""
     makes: dict[str, Make] = {

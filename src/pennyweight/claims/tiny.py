@@ -1,0 +1,70 @@
+"""What claims about training share: a byte-level GPT small enough to train in seconds, and code to train it on.
+
+Python's own library source, as bytes below 128; documents of the held-out part are never trained on.
+
+Shape letters: C windows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.evaluate.perplexity import token_losses
+from pennyweight.train import Samples, Trainer, byte_windows
+from pennyweight.train.loop import Callback
+from pennyweight.train.schedules import Schedule
+from pennyweight.zoo.gpt import GPT, GPTConfig
+
+VOCABULARY = 128
+LENGTH = 33  # 32 predictions a window
+HELD_OUT = 512
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products this small run fastest on one thread; on a busy machine a second one slows them down twentyfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def text() -> tuple[Tensor, Tensor]:
+    """Windows (C, T) to train on, and 512 to judge by."""
+    train = byte_windows("stdlib-code", part="calibration", length=LENGTH)
+    held = byte_windows("stdlib-code", part="heldout", length=LENGTH, count=HELD_OUT)
+    return train.clamp_(max=VOCABULARY - 1), held.clamp_(max=VOCABULARY - 1)
+
+
+def gpt(*, width: int, depth: int = 2, num_heads: int = 2, seed: int = 0) -> GPT:
+    """A GPT of bytes with random weights."""
+    config = GPTConfig(width=width, depth=depth, num_heads=num_heads, vocabulary=VOCABULARY, context=LENGTH)
+    return GPT(config, generator=torch.Generator().manual_seed(seed))
+
+
+def trainer(
+    module: nn.Module, schedule: Schedule, *, batch: int, seed: int = 0, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """AdamW without weight decay, at the rate of ``schedule``; ``seed`` orders the samples."""
+    return Trainer(
+        module,
+        torch.optim.AdamW(module.parameters(), weight_decay=0.0),
+        Samples(text()[0], seed=seed),
+        batch=batch,
+        schedule=schedule,
+        clip=1.0,
+        callbacks=callbacks,
+    )
+
+
+def held_out_losses(module: nn.Module) -> Tensor:
+    """Nats a byte on held-out windows: (C, T-1)."""
+    return token_losses(module, text()[1], batch=128)
