@@ -31,7 +31,7 @@ _PATCH_BYTES = 1 << 26  # unfolded patches of images held at a time
 
 
 class Moments:
-    """Running moments of rows (R, N), in float32.
+    """Running moments of rows (R, N), in float32; taken once, by `statistics` or `second_moment`.
 
     Args:
         width: N.
@@ -65,10 +65,15 @@ class Moments:
             torch.maximum(self._max, absolute.amax(0), out=self._max)
 
     def second_moment(self) -> Tensor:
-        """(N, N): the mean of ``x x^T``."""
-        assert self._gram is not None, "not asked for"
-        upper = self._gram.triu()
-        return upper.add_(upper.triu(1).T).div_(max(self.count, 1))
+        """(N, N): the mean of ``x x^T``. The sums become it, so no rows can be added any more."""
+        assert self._gram is not None, "not asked for, or taken"
+        gram, self._gram = self._gram, None  # in place: of a wide layer two matrices are more than all its weights
+        for start in range(0, self.width, _STRIP):
+            strip, below = slice(start, start + _STRIP), slice(start + _STRIP, None)
+            square = gram[strip, strip].triu()
+            gram[strip, strip] = square + square.triu(1).T
+            gram[below, strip] = gram[strip, below].T
+        return gram.div_(max(self.count, 1))
 
     def statistics(self, where: str) -> Statistics:
         """The moments as `Statistics`; unit moments of no rows where none came, as for an expert nobody was sent to.

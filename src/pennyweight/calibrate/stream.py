@@ -8,9 +8,11 @@ and the second moments of one input.
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -140,11 +142,19 @@ def stream(
 
         def keep(settled: Settled) -> None:
             writer.write(settled.name, settled.weights)
+            _give_back()
             if finished is not None:
                 finished(settled)
 
+        settle = settle_with(shadow, solve, solve_group, known or {})
+
+        def settle_and_trim(maps: Sequence[Map], statistics: Sequence[Statistics]) -> Sequence[Weight | None]:
+            weights = settle(maps, statistics)
+            _give_back()
+            return weights
+
         passage = Passage(
-            shadow, stages, settle_with(shadow, solve, solve_group, known or {}),
+            shadow, stages, settle_and_trim,
             needs=needs - {"gradient"}, sequential=sequential, done=done, finished=keep, keep=False,
             batch=batch, activation_bytes=activation_bytes, report=report,
         )  # fmt: skip
@@ -311,6 +321,17 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what it freed between tensors that live on.
+
+    At blocks of 26 MB that is 200 MB; giving it back costs half as much again as rounding to 4 bits.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _copy_rest(directory: Path, aside: Path) -> None:
