@@ -256,6 +256,14 @@ def test_a_truncated_file_is_named(mine: Path, keep: int) -> None:
         load(mine)
 
 
+@pytest.mark.parametrize("more", [-40, 7])
+def test_a_wrong_length_is_seen_before_anything_is_read(mine: Path, more: int) -> None:
+    raw = (mine / "model.safetensors").read_bytes()
+    (mine / "model.safetensors").write_bytes(raw[:more] if more < 0 else raw + b"x" * more)
+    with pytest.raises(ModelError, match=rf"the header describes {len(raw)} bytes, the file has {len(raw) + more}"):
+        Checkpoint(mine)
+
+
 def test_a_file_cut_while_it_is_read(mine: Path) -> None:
     checkpoint = Checkpoint(mine)
     raw = (mine / "model.safetensors").read_bytes()
