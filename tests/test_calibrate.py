@@ -95,6 +95,15 @@ def test_moments_are_those_of_all_rows(rows, width, cuts, dtype, seed):
     assert torch.equal(found.absolute_max.double(), exact.abs().amax(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_exact_where_the_processor_could_round(dtype, generator):
+    # large enough for bfloat16 products, which some processors take when they may: 2e-3 off for float32 rows
+    x = torch.randn(4500, 400, generator=generator).to(dtype)
+    moments = Moments(400, {"second_moment"}, x.device)
+    moments.add(x)
+    assert relative(moments.second_moment(), x.double().T @ x.double() / len(x)) < 1e-6
+
+
 def test_long_sums_in_bfloat16_stay_positive_definite():
     # rows far from zero: rounding the sums to bfloat16 would swamp the small directions
     x = (torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)) + 30).bfloat16()
@@ -297,6 +306,15 @@ def test_padding_does_not_count():
             if statistics.second_moment is not None:
                 assert relative(found[name].second_moment, statistics.second_moment) < 1e-6, name
                 assert relative(found[name].absolute_max, statistics.absolute_max) < 1e-6, name
+
+
+def test_padding_does_not_count_in_flattened_rows():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    found = anatomy.of(torch.nn.Sequential(torch.nn.Linear(2, 2))).whole[0]
+    x = torch.arange(12.0).view(6, 2)
+    assert torch.equal(torch.cat(list(rows_in(found, None, x, mask))), x[[0, 1, 3]])
+    routed = x[:4]  # what an expert is sent has lost its place among the windows
+    assert torch.equal(torch.cat(list(rows_in(found, None, routed, mask))), routed)
 
 
 def test_an_expert_nobody_was_sent_to_has_unit_moments():

@@ -52,6 +52,10 @@ def test_streaming_gives_the_bits_of_the_walk_in_memory(family, batch, checkpoin
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
     assert torch.equal(run(streamed.module, family), run(whole.module, family))
+    model.save(whole, tmp_path / "saved")
+    saved_layout = json.loads((tmp_path / "saved" / "weights.json").read_text())
+    for key in ("layers", "tied", "shared", "split_experts"):
+        assert set(layout.get(key, {})) == set(saved_layout.get(key, {})), key
 
 
 def test_only_some_layers_and_known_statistics(checkpoint, tmp_path):
