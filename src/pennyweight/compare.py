@@ -19,8 +19,9 @@ from scipy.stats import ttest_1samp
 
 from pennyweight.apply import run
 from pennyweight.errors import OptionError
+from pennyweight.finish import Solved
 from pennyweight.fit import first_plan, solved_cost
-from pennyweight.job import Job, Progress, Settings, chosen_levers, quiet, standing_in
+from pennyweight.job import Job, Progress, Settings, chosen_levers, quiet
 from pennyweight.journal import Journal
 from pennyweight.measure.stats import holm
 from pennyweight.model import bf16_bytes, load
@@ -117,10 +118,10 @@ def compare(
         before = job.scores("measuring the original", "original", loaded.module, job.heldout, exact=True)
         found = []
         for contender in contenders:
-            name, slots, weights, size = _solve(job, contender)
-            with standing_in(loaded.module, slots, weights):
-                after = job.scores(f"measuring {name}", name, loaded.module, job.heldout, exact=True)
-            found.append((name, size, after))
+            name, solved = _solve(job, contender)
+            with solved.computing(loaded.module) as changed:
+                after = job.scores(f"measuring {name}", solved.digest, changed, job.heldout, exact=True)
+            found.append((name, solved.spent["bytes"], after))
     found.sort(key=lambda each: float(job.task.harm(before, each[2]).double().mean()))
     best = job.task.harm(before, found[0][2]).double()
     tests = [
@@ -138,11 +139,10 @@ def compare(
     return table
 
 
-def _solve(job: Job, contender: str | Path | Recipe) -> tuple[str, Any, Any, int]:
+def _solve(job: Job, contender: str | Path | Recipe) -> tuple[str, Solved]:
     if isinstance(contender, Recipe) or str(contender).endswith((".yaml", ".yml")):
         recipe = contender if isinstance(contender, Recipe) else Recipe.read(contender)
-        solved = run(job, recipe)
-        return recipe.source, solved.slots, solved.weights, solved.spent["bytes"]
+        return recipe.source, run(job, recipe)
     if not job.budgets:
         raise OptionError(f"compare: {contender} is a lever, and levers are planned; give a budget (--budget 25%)")
     job.cards = chosen_levers(str(contender), job.budgets)
@@ -150,11 +150,11 @@ def _solve(job: Job, contender: str | Path | Recipe) -> tuple[str, Any, Any, int
     offers = job.offers(slots)
     prices, allowed = first_plan(job, slots, bf16_bytes(job.model))
     room = {name: int(limit) for name, limit in allowed.items()}
-    plan = prices.plan(slots, offers, room)
-    weights = job.solve(slots, plan)
-    prices, spent = solved_cost(job, prices, plan, weights, slots)
-    if any(spent[name] > limit for name, limit in room.items()):
-        plan = prices.plan(slots, offers, room)  # now that the bytes beside the weights are known
+    for _ in range(2):  # the second time the bytes beside the weights are known
+        plan = prices.plan(slots, offers, room)
         weights = job.solve(slots, plan)
         prices, spent = solved_cost(job, prices, plan, weights, slots)
-    return str(contender), slots, weights, spent["bytes"]
+        if all(spent[name] <= limit for name, limit in room.items()):
+            break
+    recipe = Recipe.of({name: offer.lever for name, offer in plan.picked.items() if offer.lever is not None})
+    return str(contender), Solved(slots=slots, weights=weights, recipe=recipe, labels={}, spent=spent)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pennyweight import report
 from pennyweight.errors import BudgetError, ModelError
@@ -55,6 +56,7 @@ class Solved:
         weights: slot name -> compact weight.
         recipe: what made them.
         tensors: other parameters that were changed, by name.
+        module: the changed model itself, where more than ``weights`` and ``tensors`` changed; it holds both.
         labels: slot name -> what made its weight, in a few words.
         spent: resource -> what it costs; bytes exactly as the files will be.
         allowed: resource -> budget in base units.
@@ -74,6 +76,7 @@ class Solved:
     allowed: Mapping[str, int | float] = field(default_factory=dict)
     planned: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    module: nn.Module | None = None
     predicted: float | None = None
     measured: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
@@ -83,14 +86,30 @@ class Solved:
     @property
     def digest(self) -> str:
         """A hash of all that changed."""
-        return digest(self.weights, self.slots, self.tensors)
+        others = self.tensors if self.module is None else self.module.state_dict()
+        return digest(self.weights, self.slots, others)
+
+    @contextmanager
+    def computing(self, module: nn.Module) -> Iterator[nn.Module]:
+        """What computes as the changed model: ``module`` with the changes standing in for a while, or the changed one.
+
+        Args:
+            module: the original.
+        """
+        if self.module is not None:
+            yield self.module
+        else:
+            with standing_in(module, self.slots, self.weights, self.tensors):
+                yield module
 
 
 def digest(weights: Mapping[str, Weight], slots: Sequence[Slot], others: Mapping[str, Tensor] | None = None) -> str:
     """A hash of these weights in these slots, and of other tensors by name."""
     found = hashlib.sha256()
     for name, tensor in sorted((others or {}).items()):
-        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        found.update(name.encode())
+        if tensor.numel():
+            found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     for slot in slots:
         if slot.name in weights:
             for name, tensor in weights[slot.name].state_dict().items():
@@ -148,7 +167,7 @@ def finish(job: Job, solved: Solved, out: Path, *, overwrite: bool) -> Fitted:
     )  # fmt: skip
     cells = _cells(job, solved)
     recipe = solved.recipe
-    install(job.model.module, solved)
+    install(job.model, solved)
     with staged(out, overwrite=overwrite) as aside:
         with job.stage("writing"):
             save(job.model, aside / "model")
@@ -166,13 +185,17 @@ def finish(job: Job, solved: Solved, out: Path, *, overwrite: bool) -> Fitted:
     return Fitted(again, recipe, receipt, out)
 
 
-def install(module: torch.nn.Module, solved: Solved) -> None:
-    """Put the compact weights into the model for good."""
+def install(model: Model, solved: Solved) -> None:
+    """Make the changes the model's for good."""
+    if solved.module is not None:
+        model.module = solved.module
+        vars(model).pop("anatomy", None)  # of the module that was
+        return
     for slot in solved.slots:
         if slot.name in solved.weights:
-            anatomy.replace(module, slot.map.path, solved.weights[slot.name])
+            anatomy.replace(model.module, slot.map.path, solved.weights[slot.name])
     for name, tensor in solved.tensors.items():
-        parameter = module.get_parameter(name)
+        parameter = model.module.get_parameter(name)
         parameter.data = tensor.to(parameter.dtype)
 
 
@@ -181,10 +204,10 @@ def _figures(job: Job, solved: Solved) -> Figures:
     before = job.scores("measuring the original", "original", module, job.heldout, exact=True)
     with job.stage("samples"):
         first = continuations(job.model)
-    with standing_in(module, solved.slots, solved.weights, solved.tensors):
-        after = job.scores("measuring the fit", solved.digest, module, job.heldout, exact=True)
+    with solved.computing(module) as changed:
+        after = job.scores("measuring the fit", solved.digest, changed, job.heldout, exact=True)
         with job.stage("samples"):
-            second = continuations(job.model)
+            second = continuations(replace(job.model, module=changed))
     verdict = None if job.floor is None else job.task.judge(job.floor, before, after)
     samples = tuple(
         report.Sample(prompt=p, before=a, after=b) for p, a, b in zip(_PROMPTS, first, second, strict=False)
@@ -315,18 +338,21 @@ def _estimate(interval: Interval) -> Estimate:
 
 
 def _cells(job: Job, solved: Solved) -> tuple[report.Cell, ...]:
-    """One cell a slot of the map of bits, while the original matrices still stand."""
+    """One cell a slot of the map of bits, while the original matrices still stand; none for what was taken away."""
+    module = job.model.module if solved.module is None else solved.module
+    there = {path for path, _ in module.named_modules(remove_duplicate=False)}
     found = []
     for slot in solved.slots:
+        if slot.map.path not in there:
+            continue
         weight = solved.weights.get(slot.name)
-        rows, columns = slot.map.shape
-        matrix = matrix_of(job.model.module, slot) if weight is None else weight.dense()
+        matrix = matrix_of(module, slot) if weight is None else weight.dense()
         found.append(
             report.Cell(
-                block=slot.map.block, role=slot.map.role, params=rows * columns,
-                bytes=2 * rows * columns if weight is None else weight.cost().bytes,
+                block=slot.map.block, role=slot.map.role, params=matrix.numel(),
+                bytes=2 * matrix.numel() if weight is None else weight.cost().bytes,
                 sparsity=float((matrix == 0).float().mean()),
-                lever="" if weight is None else solved.labels.get(slot.name, ""),
+                lever=solved.labels.get(slot.name, ""),
             )
         )  # fmt: skip
     return tuple(found)

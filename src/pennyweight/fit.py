@@ -191,7 +191,7 @@ def _attempt(
         slots=slots,
         weights=weights,
         recipe=Recipe.of({name: o.lever for name, o in plan.picked.items() if o.lever is not None}),
-        labels={name: label_of(offer) for name, offer in plan.picked.items()},
+        labels={name: label_of(offer) for name, offer in plan.picked.items() if offer.lever is not None},
         spent=spent,
         allowed=allowed,
         planned=plan.choice.cost,

@@ -21,7 +21,7 @@ from torch import Tensor
 from pennyweight import calibrate
 from pennyweight.damage import Prediction
 from pennyweight.data import windows
-from pennyweight.errors import OptionError
+from pennyweight.errors import DataError, OptionError
 from pennyweight.journal import Journal
 from pennyweight.lever import Card, find, options_of
 from pennyweight.lever import levers as all_levers
@@ -41,6 +41,8 @@ Progress = Callable[[str, int, int], None]
 #: others need not be priced; low rank is what lowers parameters and FLOPs.
 DEFAULT_LEVERS = ("quantize.entropy",)
 STRUCTURAL_LEVERS = ("factorize.svd",)
+#: What a price in nats is made of.
+PRICED = frozenset({"second_moment", "gradient"})
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -123,6 +125,25 @@ class Job:
             count=s.statistics + s.check, seed=s.seed,
         )  # fmt: skip
 
+    def text(self, count: int) -> Tensor:
+        """(up to count, length) calibration windows to train on, those that check plans left out.
+
+        Fewer where the text has fewer; at least those that statistics have seen.
+        """
+        s = self.settings
+        taken = {tuple(window.tolist()) for window in self.check}
+        while count > s.statistics:
+            try:
+                found = windows(
+                    self.data, self.model.need_tokenizer(), part="calibration", length=s.length,
+                    count=count + s.check, seed=s.seed,
+                )  # fmt: skip
+            except DataError:
+                count //= 2
+            else:
+                return torch.stack([window for window in found if tuple(window.tolist()) not in taken][:count])
+        return self.calibration[: s.statistics]
+
     @cached_property
     def heldout(self) -> Tensor:
         """(heldout, length) token ids of held-out documents."""
@@ -140,13 +161,13 @@ class Job:
 
     def statistics(self) -> dict[str, Statistics]:
         """Statistics of every linear map, from the journal where they lie there."""
-        s = self.settings
-        key = Journal.key("statistics", **self.identity)
+        s, needs = self.settings, PRICED.union(*(card.needs for card in self.cards))
+        key = Journal.key("statistics", needs=sorted(needs), **self.identity)
         with self.stage("statistics"):
             if not self.journal.done(key):
                 found = calibrate.collect(
                     self.model, self.calibration[: s.statistics],
-                    needs=frozenset({"second_moment", "gradient"}), gradient_tokens=s.gradients * s.length,
+                    needs=needs, gradient_tokens=s.gradients * s.length,
                     report=self.progress,
                 )  # fmt: skip
                 self.journal.put(key, *_flattened(found))

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pennyweight.data import windows
-from pennyweight.errors import DataError, OptionError
+from pennyweight.errors import OptionError
 from pennyweight.finish import Solved
 from pennyweight.job import Job, standing_in
 from pennyweight.journal import Journal
@@ -36,6 +35,7 @@ from pennyweight.weights import Diagonal, Product, Weight
 from pennyweight.weights.entropy import EntropyCoded, scale_values
 
 _BATCH = 2  # windows a step
+_WINDOWS = 1024  # to train on, at most
 _PROBE = 3  # steps whose time settles how many there will be; the first is a warm-up
 _CHECKPOINT = 25
 _RATE = 2e-3  # of the factors, which are near one; norms get half of it
@@ -67,7 +67,7 @@ def repair(job: Job, solved: Solved, seconds: float) -> Solved:
     if job.model.kind != "causal-lm":
         raise OptionError(f"repair: tunes causal language models, and {job.model.name} is of kind {job.model.kind}")
     slots = [slot for slot in solved.slots if slot.group == "blocks" and slot.name in solved.weights]
-    text = _text(job)
+    text = job.text(_WINDOWS)
     with job.stage("repair"):
         student, tuned, norms = _student(job, solved, slots)
         trained = {f"{name}.factor": layer.factor for name, layer in tuned.items()} | norms
@@ -102,22 +102,6 @@ def with_factors(weight: Weight, factor: Tensor) -> Weight:
         stored = {name: getattr(weight, name) for name in weight.tensors} | {"row_scale": scale}
         return EntropyCoded(**stored, step=weight.step, lowest=weight.lowest, edges=weight.edges, codes=weight.codes)
     return Product(Diagonal(factor.half()), weight)
-
-
-def _text(job: Job) -> Tensor:
-    """(B, T) calibration windows: as many as there are up to 1024, those of the check left out."""
-    s = job.settings
-    taken = {tuple(window.tolist()) for window in job.check}
-    count = 1024
-    while count >= s.statistics:
-        try:
-            found = windows(
-                job.data, job.model.need_tokenizer(), part="calibration", length=s.length, count=count, seed=s.seed
-            )
-            return torch.stack([window for window in found if tuple(window.tolist()) not in taken])
-        except DataError:
-            count //= 2
-    return job.calibration[: s.statistics]
 
 
 def _student(
