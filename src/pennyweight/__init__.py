@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pennyweight.model.kv_cache import kv_cache as kv_cache
     from pennyweight.model.loading import load as load
     from pennyweight.model.saving import save as save
 
@@ -29,6 +30,7 @@ VERBS = {
     "export": ("pennyweight.export", "export"),
     "fit": ("pennyweight.fit", "fit"),
     "frontier": ("pennyweight.frontier", "frontier"),
+    "kv_cache": ("pennyweight.model.kv_cache", "kv_cache"),
     "levers": ("pennyweight.lever", "levers"),
     "load": ("pennyweight.model.loading", "load"),
     "measure": ("pennyweight.measure", "measure"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import ModelError, OptionError
+from pennyweight.model import kv_cache
 
 
 @contextmanager
@@ -49,7 +50,13 @@ def accepts(module: nn.Module, name: str) -> bool:
 
 
 def run(module: nn.Module, ids: Tensor, **options: Any) -> Any:
-    """The output of ``module`` on token ids (B, T), all of them seen; without a cache unless asked."""
+    """The output of ``module`` on token ids (B, T), all of them seen; without a cache unless asked.
+
+    A model that keeps a packed cache (`kv_cache.keep`) is read through it: what the cache costs in quality shows.
+    """
+    setting = None if options else kv_cache.kept_setting(module)
+    if setting is not None:
+        return kv_cache.read(module, ids, cache=kv_cache.kv_cache(module), chunk=setting.group_size)
     options = {"use_cache": False, "attention_mask": torch.ones_like(ids), **options}
     return module(ids, **{name: value for name, value in options.items() if accepts(module, name)})
 

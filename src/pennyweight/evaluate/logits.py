@@ -73,7 +73,9 @@ class Logits:
 
         with self._head.register_forward_pre_hook(shorten):
             run(self.module, ids)
-        return seen[0] if len(seen) == 1 and seen[0].shape[:-1] == ids.shape else None
+        # several where a packed cache makes the model read in chunks
+        states = torch.cat(seen, dim=-2) if seen else None
+        return states if states is not None and states.shape[:-1] == ids.shape else None
 
     def _whole(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
         logits = first_tensor(run(self.module, ids))

@@ -15,12 +15,14 @@ from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from pennyweight.measure import probe
 from pennyweight.model import anatomy
 from pennyweight.model.anatomy import Anatomy, Map
+from pennyweight.model.kv_cache import Kept, KVSetting, kept_setting
 from pennyweight.model.model import Model, bf16_bytes, parameters
-from pennyweight.weights import Cost, Weight, stored_bytes
+from pennyweight.weights import Activation, Cost, Weight, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,20 @@ class CacheLayer:
         bytes: a token.
         window: tokens kept at most; None for all of them.
         fixed: bytes whatever the context (a recurrent or convolution state).
+        packed: how it is held where the model keeps a packed cache (`pennyweight.model.kv_cache`); ``bytes`` are then
+            those of one more token in the long run.
     """
 
     bytes: int
     window: int | None
     fixed: int
+    packed: Kept | None = None
+
+    def held(self, context: int) -> int:
+        """Bytes after ``context`` tokens."""
+        if self.packed is not None:
+            return self.fixed + self.packed.bytes_at(context)
+        return self.fixed + self.bytes * (context if self.window is None else min(context, self.window))
 
 
 @dataclass(frozen=True)
@@ -134,10 +145,7 @@ class ModelCost:
 
     def kv_bytes(self, context: int) -> int:
         """Bytes of cache after ``context`` tokens."""
-        return sum(
-            layer.fixed + layer.bytes * (context if layer.window is None else min(context, layer.window))
-            for layer in self.cache
-        )
+        return sum(layer.held(context) for layer in self.cache)
 
     def attention_flops(self, context: int) -> float:
         """FLOPs of attention for one unit whose queries see ``context`` positions, its own among them."""
@@ -177,7 +185,7 @@ def cost(model: Model | nn.Module, *, inputs: probe.Inputs | None = None) -> Mod
         flops_per_sequence=sum(layer.flops or 0 for layer in layers if layer.once) if seen else None,
         activation_bytes_per_token=_exact(Fraction(seen.widest, sample.count)) if seen and sample else None,
         attention=tuple(_attention(module, found, sample, seen)) if seen and sample else (),
-        cache=tuple(_cache_layers(seen.cache, sample.count)) if seen and sample else (),
+        cache=tuple(_cache_layers(seen.cache, kept_setting(module))) if seen and sample else (),
         layers=layers,
         uncounted=tuple(_uncounted(found, layers)),
     )
@@ -197,6 +205,8 @@ def _layer(module: nn.Module, found: Map, sample: probe.Sample | None, seen: pro
     held, bias = getattr(layer, found.parameter), getattr(layer, "bias", None)
     own = bias if isinstance(bias, Tensor) and found.parameter == "weight" else None
     params, stored = (own.numel(), own.nbytes) if own is not None else (0, 0)
+    if isinstance(rounding := getattr(layer, "activation", None), Activation):
+        params, stored = params + _numbers(rounding), stored + stored_bytes(rounding)
     count = found.shape[0] * found.shape[1]
     costs = held.cost() if isinstance(held, Weight) else Cost(count, count * held.element_size(), 2 * count)
     if found.tied_to is None:
@@ -251,9 +261,15 @@ def _stored_numbers(module: nn.Module, seen: set[int]) -> int:
     seen.add(id(module))
     if isinstance(module, Weight):
         return module.cost().params
+    if isinstance(module, Activation):
+        return _numbers(module)
     own = [tensor for tensor in module.parameters(recurse=False) if id(tensor) not in seen]
     seen.update(map(id, own))
     return sum(tensor.numel() for tensor in own) + sum(_stored_numbers(child, seen) for child in module.children())
+
+
+def _numbers(activation: Activation) -> int:
+    return sum(tensor.numel() for tensor in activation.state_dict().values())
 
 
 def _attention(module: nn.Module, found: Anatomy, sample: probe.Sample, seen: probe.Seen) -> Iterator[Attention]:
@@ -286,12 +302,17 @@ def _window(layer: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _cache_layers(cache: Any, tokens: int) -> Iterator[CacheLayer]:
+def _cache_layers(cache: Any, setting: KVSetting | None) -> Iterator[CacheLayer]:
     for layer in _layers_of(cache):
         kept = [tensor for name in ("keys", "values") if isinstance(tensor := getattr(layer, name, None), Tensor)]
         length = kept[0].shape[-2] if kept and kept[0].ndim > 1 else 0
         window = _window(layer)
         states = [*_tensors(getattr(layer, "conv_states", {})), *_tensors(getattr(layer, "recurrent_states", {}))]
+        if setting is not None and length and type(layer) is DynamicLayer:
+            heads = kept[0].shape[0] * kept[0].shape[1]
+            packed = Kept(setting, heads, kept[0].shape[-1], kept[1].shape[-1], kept[0].element_size())
+            yield CacheLayer(packed.per_token, None, 0, packed)
+            continue
         yield CacheLayer(
             bytes=sum(tensor.nbytes for tensor in kept) // length if length else 0,
             # the newest token's keys replace the oldest's: a window of W keeps W - 1 between tokens

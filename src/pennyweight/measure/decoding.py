@@ -18,6 +18,7 @@ from pennyweight.errors import ModelError, OptionError
 from pennyweight.evaluate.forward import accepts, device_of, first_tensor, looking
 from pennyweight.measure.latency import Clock, Comparison, check_rounds, comparison, order, quiet, rate, settle, timing
 from pennyweight.measure.stats import Array, Interval
+from pennyweight.model.kv_cache import kept_setting, kv_cache
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def greedy(
     with looking(module, dtype):
         settle()
         start = clock()
-        output = _step(module, ids, mask[:, : len(prompt)], None)
+        cache = None if kept_setting(module) is None else kv_cache(module)
+        output = _step(module, ids, mask[:, : len(prompt)], cache)
         for _ in range(tokens):
             written.append(first_tensor(output)[:, -1:].argmax(-1))
             if len(written) == 1:

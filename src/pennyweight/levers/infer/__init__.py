@@ -1,0 +1,1 @@
+"""Levers that change how a model is run: what it keeps between tokens, and what it computes."""
