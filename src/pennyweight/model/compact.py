@@ -8,8 +8,8 @@ to, so that files of two runs are never mixed unnoticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pennyweight.errors import ModelError, PennyweightError, ShapeError
 from pennyweight.model import anatomy
 from pennyweight.model.checkpoint import Checkpoint
 from pennyweight.model.experts import SplitExperts, split_experts
-from pennyweight.weights import Weight, rebuild, structure
+from pennyweight.weights import Activation, Weight, rebuild, structure
 
 WEIGHTS = "weights.json"
 VERSION = 1
@@ -35,12 +35,14 @@ class Layout:
         tied: module path to the path of an earlier layer that holds the same weight.
         shared: further names of tensors that are stored once, outside of tied layers.
         split: paths of stacked experts that were taken apart (`experts.split_experts`).
+        activations: by module path, the settings of what rounds a layer's input.
     """
 
     structures: Mapping[str, Mapping[str, Any]]
     tied: Mapping[str, str]
     shared: Mapping[str, str]
     split: tuple[str, ...]
+    activations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def paths(self) -> list[str]:
@@ -57,6 +59,15 @@ def compact_layers(module: nn.Module) -> dict[str, Weight]:
     }
 
 
+def activations(module: nn.Module) -> dict[str, Activation]:
+    """What rounds the input of compact layers, by the path of the layer, in order."""
+    return {
+        path: found
+        for path, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(found := getattr(layer, "activation", None), Activation)
+    }
+
+
 def layout_of(module: nn.Module) -> Layout:
     """The layout of a model in memory."""
     structures, tied, first = {}, {}, dict[int, str]()
@@ -69,7 +80,8 @@ def layout_of(module: nn.Module) -> Layout:
     inside = tuple(f"{path}.weight." for path in tied)
     shared = {name: to for name, to in stored_tensors(module)[1].items() if not name.startswith(inside)}
     split = tuple(path for path, layer in module.named_modules() if isinstance(layer, SplitExperts))
-    return Layout(structures, tied, shared, split)
+    rounded = {path: found.settings() for path, found in activations(module).items()}
+    return Layout(structures, tied, shared, split, rounded)
 
 
 def dump(layout: Layout, headers: Mapping[str, str]) -> str:
@@ -87,8 +99,25 @@ def dump(layout: Layout, headers: Mapping[str, str]) -> str:
         **({"tied": dict(layout.tied)} if layout.tied else {}),
         **({"shared": dict(layout.shared)} if layout.shared else {}),
         **({"split_experts": list(layout.split)} if layout.split else {}),
+        **({"activations": _grouped(layout.activations)} if layout.activations else {}),
     }
     return json.dumps(found, separators=(",", ":"), allow_nan=False)
+
+
+def _grouped(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Settings that repeat once, with the layers that have them."""
+    layers: dict[str, list[str]] = {}
+    for path, settings in found.items():
+        layers.setdefault(json.dumps(settings), []).append(path)
+    return [{**json.loads(settings), "layers": paths} for settings, paths in layers.items()]
+
+
+def _ungrouped(found: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        path: {key: value for key, value in group.items() if key != "layers"}
+        for group in found
+        for path in group["layers"]
+    }
 
 
 def read_layout(checkpoint: Checkpoint) -> Layout:
@@ -116,10 +145,13 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
         structures = {name: dict(forms[index]) for name, index in layers.items()}
         tied, shared = dict(found.get("tied", {})), dict(found.get("shared", {}))
         split = tuple(found.get("split_experts", ()))
+        rounded = _ungrouped(found.get("activations", ()))
         if not all(isinstance(name, str) for name in (*split, *shared.values())):
             raise ValueError("names that are not text")
         if not all(isinstance(to, str) and to in structures and name not in structures for name, to in tied.items()):
             raise ValueError("tied layers that do not lead to another layer")
+        if not all(name in structures or name in tied for name in rounded):
+            raise ValueError("activations of a layer that is not there")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, PennyweightError):
             raise
@@ -129,7 +161,7 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
             raise ModelError(
                 f"{path}: belongs to another {file.name}; the two come from different runs, copy both again"
             )
-    return Layout(structures, tied, shared, split)
+    return Layout(structures, tied, shared, split, rounded)
 
 
 class Overlay:
@@ -153,7 +185,9 @@ class Overlay:
     def owns(self, name: str) -> bool:
         """Whether tensor ``name`` of the file is read here, and by nobody else."""
         parts = name.split(".")
-        inside = any(part == "weight" and ".".join(parts[:at]) in self._paths for at, part in enumerate(parts))
+        inside = any(
+            part in ("weight", "activation") and ".".join(parts[:at]) in self._paths for at, part in enumerate(parts)
+        )
         return inside or self._in_split(name)
 
     def rest(self) -> dict[str, Tensor]:
@@ -200,6 +234,8 @@ class Overlay:
                 made[source] = self._weight(source)
             if getattr(module.get_submodule(at), "weight", None) is not made[source]:
                 self._replace(module, at, made[source])
+            if path in self.layout.activations:
+                module.get_submodule(at).register_module("activation", self._activation(path))
 
     def _in_split(self, name: str) -> bool:
         return any(name.startswith(f"{path}.") for path in self.layout.split)
@@ -243,10 +279,16 @@ class Overlay:
                 setattr(layer, name, nn.Parameter(tensor.to(parameter.dtype)))
 
     def _weight(self, path: str) -> Weight:
-        begin = f"{path}.weight."
-        names = [name for name in (*self.checkpoint.names(), *self.layout.shared) if name.startswith(begin)]
-        tensors = {name.removeprefix(begin): self._tensor(name) for name in names}
+        tensors = self._below(f"{path}.weight.")
         return rebuild(self.layout.structures[path], tensors, where=f"{self._where}: {path}")
+
+    def _activation(self, path: str) -> Activation:
+        tensors = self._below(f"{path}.activation.")
+        return Activation.rebuild(self.layout.activations[path], tensors, where=f"{self._where}: {path}")
+
+    def _below(self, begin: str) -> dict[str, Tensor]:
+        names = [name for name in (*self.checkpoint.names(), *self.layout.shared) if name.startswith(begin)]
+        return {name.removeprefix(begin): self._tensor(name) for name in names}
 
     def _tensor(self, name: str) -> Tensor:
         """Tensor ``name``; layers that share it get the same memory."""
@@ -303,6 +345,7 @@ def is_compact(directory: Path) -> bool:
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype that the uncompressed part of ``module`` computes in: of its first such parameter, else float32."""
-    inside = {id(parameter) for weight in compact_layers(module).values() for parameter in weight.parameters()}
+    held: list[nn.Module] = [*compact_layers(module).values(), *activations(module).values()]
+    inside = {id(parameter) for part in held for parameter in part.parameters()}
     outside = (p for p in module.parameters() if p.is_floating_point() and id(p) not in inside)
     return next((parameter.dtype for parameter in outside), torch.float32)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pennyweight.errors import DataError
 from pennyweight.model import anatomy
-from pennyweight.weights import Weight
+from pennyweight.weights import Activation, Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ class Model:
 
 
 def parameters(module: nn.Module) -> int:
-    """Distinct parameters: a tied tensor counts once, a compact weight as the matrix it stands for."""
+    """Distinct parameters: a tied tensor counts once, a compact weight as its matrix, ranges of inputs not at all."""
     seen: set[int] = set()
     return _count(module, seen)
 
@@ -91,6 +91,8 @@ def _count(module: nn.Module, seen: set[int]) -> int:
     seen.add(id(module))
     if isinstance(module, Weight):
         return module.shape[0] * module.shape[1]
+    if isinstance(module, Activation):
+        return 0
     own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in seen]
     seen.update(map(id, own))
     return sum(parameter.numel() for parameter in own) + sum(_count(child, seen) for child in module.children())

@@ -22,7 +22,7 @@ from pennyweight.model.experts import SplitExperts
 from pennyweight.model.model import Model
 from pennyweight.safe_write import staged
 from pennyweight.transformers_plugin import METHOD
-from pennyweight.weights import Weight, check_finite
+from pennyweight.weights import Activation, Dense, Weight, check_finite
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,14 @@ def save(
     Raises:
         OutputError: the directory holds something, or cannot be written; what stood there is untouched.
         FormError: NaN or infinite values.
-        ModelError: a dtype that no file can hold.
+        ModelError: a dtype that no file can hold; ``dense``, and layers that round their inputs.
     """
     module = model.module
+    if dense and (rounding := compact.activations(module)):
+        raise ModelError(
+            f"{model.name}: {len(rounding)} layers round their inputs (the first is {next(iter(rounding))}), which "
+            "plain weights cannot say; save without dense, or set their activation to None"
+        )
     tensors = _dense_tensors(module) if dense else compact.stored_tensors(module)[0]
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
@@ -132,8 +137,8 @@ def _inside_compact(name: str, module: nn.Module) -> bool:
     layer: Any = module
     for part in path:
         layer = getattr(layer, part)
-        if isinstance(layer, Weight):
-            return True
+        if isinstance(layer, (Activation, Weight)):
+            return not isinstance(layer, Dense)  # a layer whose weight is its matrix is as plain as any other
     return False
 
 

@@ -11,8 +11,8 @@ A matrix is cut along its rows into groups that share one scale (and one zero). 
 =============  ==========================  =====================================
 
 Formats ``e4m3``, ``e5m2`` (OCP FP8: P. Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433) and
-``e2m1`` (OCP Microscaling, FP4) have the floating-point value of the code's bit pattern as level; ``unsigned`` has the
-code itself, for matrices without negative values such as the scales of another grid.
+``e2m1`` (OCP Microscaling, FP4) and ``e3m0`` (powers of two) have the floating-point value of the code's bit pattern as
+level; ``unsigned`` has the code itself, for matrices without negative values such as the scales of another grid.
 
 Shape letters: M out features, N in features, G groups of a row, S features of a group.
 """
@@ -32,7 +32,12 @@ from pennyweight.weights.weight import Weight, check_finite
 
 ZeroKind = Literal["none", "integer", "float"]
 #: exponent bits, mantissa bits, and whether the largest exponent is spent on infinities (IEEE) or not (OCP "fn").
-_FLOATS: dict[str, tuple[int, int, bool]] = {"e4m3": (4, 3, False), "e5m2": (5, 2, True), "e2m1": (2, 1, False)}
+_FLOATS: dict[str, tuple[int, int, bool]] = {
+    "e4m3": (4, 3, False),
+    "e5m2": (5, 2, True),
+    "e2m1": (2, 1, False),
+    "e3m0": (3, 0, False),
+}
 FORMATS = ("integer", "unsigned", *_FLOATS)
 
 

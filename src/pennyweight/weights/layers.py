@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pennyweight.errors import OptionError, ShapeError
+from pennyweight.weights.activations import Activation
 from pennyweight.weights.combine import Product, Sum
 from pennyweight.weights.low_rank import LowRank
 from pennyweight.weights.weight import Weight
@@ -34,12 +35,16 @@ class CompactLinear(nn.Module):
     Args:
         weight: (M, N).
         bias: (M,), or None.
+        activation: what rounds the input, or None; it may be set later.
     """
 
-    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+    activation: Activation | None
+
+    def __init__(self, weight: Weight, bias: Tensor | None = None, activation: Activation | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = _bias(bias, weight, "CompactLinear")
+        self.register_module("activation", activation)
 
     @property
     def in_features(self) -> int:
@@ -52,7 +57,7 @@ class CompactLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):
             raise ShapeError(f"CompactLinear: input {tuple(x.shape)} for a weight {self.weight.shape}; give (..., in)")
-        found: Tensor = self.weight(x)
+        found: Tensor = self.weight(x if self.activation is None else self.activation(x))
         return found if self.bias is None else found + self.bias.to(found.dtype)
 
     def extra_repr(self) -> str:
@@ -113,6 +118,7 @@ class _CompactConv(nn.Module):
     """What both convolutions share; W is (out_channels, in_channels / groups * K), the kernel flattened row-major."""
 
     dimensions: int
+    activation: Activation | None
 
     def __init__(
         self,
@@ -125,6 +131,7 @@ class _CompactConv(nn.Module):
         dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         padding_mode: str = "zeros",
+        activation: Activation | None = None,
     ) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.dilation = (self._each(v) for v in (kernel_size, stride, dilation))
@@ -136,8 +143,11 @@ class _CompactConv(nn.Module):
                 f"{name}: a weight {weight.shape} is not (out, in / groups * {positions}) for kernel "
                 f"{self.kernel_size} in {groups} groups"
             )
+        if activation is not None and activation.keep_first_token:
+            raise OptionError(f"{name}: the positions of a convolution are no tokens; give keep_first_token=False")
         self.weight = weight
         self.bias = _bias(bias, weight, name)
+        self.register_module("activation", activation)
 
     @classmethod
     def _of(cls, layer: nn.Conv1d | nn.Conv2d, weight: Weight) -> Any:
@@ -171,6 +181,8 @@ class _CompactConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, C, *positions) -> (batch, M, *positions)."""
+        if self.activation is not None:  # a token is a position, its channels the features
+            x = self.activation(x.movedim(1, -1)).movedim(-1, 1)
         found = _convolve(self.weight, self._padded(x), self)
         return found if self.bias is None else found + self.bias.to(found.dtype).view(-1, *(1,) * self.dimensions)
 
