@@ -107,22 +107,65 @@ def fit(
 
 @app.command()
 def plan(
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As of fit; without one, a training run is planned.")
+    ] = None,
     budget: Budgets = None,
     floor: Floor = None,
     data: Data = "wiki",
     levers: Levers = None,
     seed: Seed = 0,
+    compute: Annotated[
+        str | None, typer.Option("--compute", metavar="FLOPS", help="Compute for training: 1e21, 3 ZFLOPs.")
+    ] = None,
+    gpu_hours: Annotated[float | None, typer.Option(help="Or hours of one device.")] = None,
+    device: Annotated[str | None, typer.Option(help="h100, a100, ... or its peak FLOP/s.")] = None,
+    utilization: Annotated[float, typer.Option(help="Share of the peak that is reached.")] = 0.4,
+    money: Annotated[float | None, typer.Option(help="Or an amount, with --price.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a device-hour.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="COUNT", help="Unique training tokens there are: 30B.")] = None,
+    serve: Annotated[str | None, typer.Option(metavar="COUNT", help="Tokens served over the model's life: 2T.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="For the weights at deployment: 16GB.")] = None,
+    score: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Points (loss, score) of a task, to predict its score.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the training plan there as a page.")] = None,
+    json: Json = None,
 ) -> None:
-    """What a fit would do, cost and give: the same as fit --dry-run. For training runs see `laws`."""
-    from pennyweight.cli.progress import progress
-    from pennyweight.fit import fit
+    """With a model, what a fit would do, cost and give (fit --dry-run); without one, how to spend training compute."""
+    if model is not None:
+        from pennyweight.cli.progress import progress
+        from pennyweight.fit import fit
 
-    with progress() as report:
-        found = fit(
-            model, data=data, budgets=budget or (), floor=floor, levers=levers, dry_run=True, seed=seed, progress=report
-        )
-    print(found)
+        with progress() as report:
+            found = fit(
+                model, data=data, budgets=budget or (), floor=floor, levers=levers, dry_run=True, seed=seed,
+                progress=report,
+            )  # fmt: skip
+        print(found)
+        return
+    from pennyweight.cli.tables import emit
+    from pennyweight.errors import OptionError
+    from pennyweight.laws.table import read_csv
+    from pennyweight.plan import training
+    from pennyweight.safe_write import write_text
+
+    if budget or floor or levers:
+        raise OptionError("plan: --budget, --floor and --levers are of a fit; give a MODEL with them")
+    try:
+        peak: str | float | None = device if device is None else float(device)
+    except ValueError:
+        peak = device
+    planned = training(
+        compute, gpu_hours=gpu_hours, device=peak, utilization=utilization, money=money, price_per_hour=price,
+        data_tokens=tokens, inference_tokens=serve or 0.0, memory=memory,
+        score=None if score is None else read_csv(score),
+    )  # fmt: skip
+    print(planned)
+    if out:
+        write_text(out, planned.html())
+    if json:
+        emit(planned.to_json(), json)
 
 
 @app.command()

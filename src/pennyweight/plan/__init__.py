@@ -10,19 +10,45 @@ if TYPE_CHECKING:
     from pennyweight.plan.augmentation_arms import Augmentation, augmentation
     from pennyweight.plan.inference_budget import Stage, test_time
     from pennyweight.plan.memory_bits import bits_for_memory
+    from pennyweight.plan.pretraining import TrainingPlan, training
 
 _WHERE = {
     "Allocation": "allocation",
     "Augmentation": "augmentation_arms",
     "Layers": "allocation",
     "Stage": "inference_budget",
+    "TrainingPlan": "pretraining",
     "augmentation": "augmentation_arms",
     "bits": "allocation",
     "bits_for_memory": "memory_bits",
     "test_time": "inference_budget",
+    "training": "pretraining",
 }
 
-__all__ = ["Allocation", "Augmentation", "Layers", "Stage", "augmentation", "bits", "bits_for_memory", "test_time"]
+__all__ = [
+    "Allocation",
+    "Augmentation",
+    "Layers",
+    "Stage",
+    "TrainingPlan",
+    "augmentation",
+    "bits",
+    "bits_for_memory",
+    "plan",
+    "test_time",
+    "training",
+]
+
+
+def plan(model: Any = None, **options: Any) -> Any:
+    """With a model: what a fit of it would do, cost and give. Without one: a plan for training, see `training`."""
+    if model is None:
+        from pennyweight.plan.pretraining import training
+
+        return training(**options)
+    from pennyweight.fit import fit
+
+    return fit(model, dry_run=True, **options)
 
 
 def __getattr__(name: str) -> Any:
