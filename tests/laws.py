@@ -35,10 +35,12 @@ from pennyweight.weights import (
     DictionaryCoded,
     EntropyCoded,
     Grid,
+    GridCoded,
     Hadamard,
     Hashed,
     Integers,
     Kronecker,
+    Lattice,
     LowRank,
     Monarch,
     NofM,
@@ -46,6 +48,7 @@ from pennyweight.weights import (
     Product,
     Quantized,
     RandomBasis,
+    Rotation,
     Sparse,
     Sum,
     Transposed,
@@ -56,6 +59,8 @@ from pennyweight.weights import (
     structure,
 )
 from pennyweight.weights.entropy import scale_bytes
+from pennyweight.weights.lattice import magnitudes
+from pennyweight.weights.rotation import core_of
 
 Drawn = tuple[Weight, Tensor]
 Form = Callable[[Generator, int, int], Drawn]
@@ -173,6 +178,28 @@ def dictionary_coded(g: Generator, m: int, n: int) -> Drawn:
     return DictionaryCoded.encode(codes, levels), torch.from_numpy(np.take_along_axis(table, codes.numpy(), axis=1))
 
 
+def lattice(g: Generator, m: int, n: int) -> Drawn:
+    codes, scale = whole(g, 1 << 16, m, -(-n // 8)), draw(g, m)
+    matrix = torch.empty(m, 8 * codes.shape[1])
+    table = magnitudes().numpy()
+    for row, column in np.ndindex(m, codes.shape[1]):
+        code = int(codes[row, column])
+        signs = [-1 if code >> (8 + place) & 1 else 1 for place in range(7)]
+        point = np.array([*signs, 1]) * table[code & 255]
+        point[7] *= -1 if point.sum() % 2 else 1
+        matrix[row, 8 * column : 8 * column + 8] = scale[row] * torch.from_numpy(
+            point + (-0.25 if code >> 15 else 0.25)
+        )
+    signed = torch.from_numpy(codes.numpy().astype(np.uint16).view(np.int16))
+    return Lattice(signed, scale, columns=n), matrix[:, :n]
+
+
+def grid_coded(g: Generator, m: int, n: int) -> Drawn:
+    weight, matrix = on_grid(3, 4, "integer")(g, m, n)
+    assert isinstance(weight, Quantized)
+    return GridCoded.encode(weight), matrix
+
+
 def kept_at(share: float) -> Form:
     def sparse(g: Generator, m: int, n: int) -> Drawn:
         mask = torch.rand(m, n, generator=g) < share
@@ -263,6 +290,19 @@ def permutation(g: Generator, m: int, n: int) -> Drawn:
     return Permutation(index), torch.eye(m)[index]
 
 
+def rotation(g: Generator, m: int, n: int) -> Drawn:
+    """The Kronecker product that the transform must be, from its core; the core itself has tests of its own."""
+    flipped = whole(g, 2, m)
+    core, stages = core_of(m)
+    whole_core = core.numpy()
+    for _ in range(stages):
+        whole_core = np.kron(whole_core, np.array([[1, 1], [1, -1]]) / 2**0.5)
+    matrix = whole_core * (1 - 2 * flipped.numpy())
+    return Rotation(torch.from_numpy(np.packbits(flipped.numpy(), bitorder="little")), columns=m), torch.from_numpy(
+        matrix
+    ).float()
+
+
 def hash32_plain(x: np.ndarray) -> np.ndarray:
     """The hash in the arithmetic it is made for: 32-bit words that wrap around."""
     x = x.astype(np.uint32)
@@ -312,6 +352,8 @@ FORMS: list[Form] = [
     codebook,
     codebook_of_groups,
     vector_codebook,
+    lattice,
+    grid_coded,
     entropy_coded,
     dictionary_coded,
     kept_at(0.0),
@@ -332,7 +374,7 @@ FORMS: list[Form] = [
     transposed,
 ]
 #: Forms of square matrices alone.
-SQUARE: list[Form] = [diagonal, permutation]
+SQUARE: list[Form] = [diagonal, permutation, rotation]
 
 
 # --- expressions
