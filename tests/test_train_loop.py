@@ -377,9 +377,9 @@ def test_the_gpt_sees_distances_and_not_places():
     with torch.no_grad():
         # scores depend on the distance alone, so a window that repeats itself attends alike from both copies' views
         query = torch.randn(1, 1, 20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        from pennyweight.zoo.gpt import _rotated
+        from pennyweight.zoo.positions import rotated
 
-        turned = _rotated(query[:, :, :1].expand(1, 1, 20, 8), module.cosine[:20].double(), module.sine[:20].double())
+        turned = rotated(query[:, :, :1].expand(1, 1, 20, 8), module.cosine[:20].double(), module.sine[:20].double())
         scores = turned[0, 0] @ turned[0, 0].T
     for distance in range(1, 5):
         diagonal = scores.diagonal(distance)

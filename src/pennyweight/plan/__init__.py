@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pennyweight.plan.allocation import Allocation, Layers, bits
     from pennyweight.plan.augmentation_arms import Augmentation, augmentation
+    from pennyweight.plan.cem import Choice, Search, Span, cross_entropy
     from pennyweight.plan.inference_budget import Stage, test_time
     from pennyweight.plan.memory_bits import bits_for_memory
     from pennyweight.plan.pretraining import TrainingPlan, training
@@ -15,12 +16,16 @@ if TYPE_CHECKING:
 _WHERE = {
     "Allocation": "allocation",
     "Augmentation": "augmentation_arms",
+    "Choice": "cem",
     "Layers": "allocation",
+    "Search": "cem",
+    "Span": "cem",
     "Stage": "inference_budget",
     "TrainingPlan": "pretraining",
     "augmentation": "augmentation_arms",
     "bits": "allocation",
     "bits_for_memory": "memory_bits",
+    "cross_entropy": "cem",
     "test_time": "inference_budget",
     "training": "pretraining",
 }
@@ -28,12 +33,16 @@ _WHERE = {
 __all__ = [
     "Allocation",
     "Augmentation",
+    "Choice",
     "Layers",
+    "Search",
+    "Span",
     "Stage",
     "TrainingPlan",
     "augmentation",
     "bits",
     "bits_for_memory",
+    "cross_entropy",
     "plan",
     "test_time",
     "training",

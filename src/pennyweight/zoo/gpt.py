@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pennyweight.errors import DataError, OptionError
+from pennyweight.zoo.positions import DISTANCES, Distance, angles, distance_bias, rotated, slopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class GPTConfig:
         context: longest window.
         tied: whether head and embedding are one matrix.
         dropout: on what each half of a block adds.
+        distance: how attention decays with distance besides, see `pennyweight.zoo.positions`.
     """
 
     width: int = 128
@@ -40,6 +42,7 @@ class GPTConfig:
     context: int = 1024
     tied: bool = True
     dropout: float = 0.0
+    distance: Distance = "none"
 
     def __post_init__(self) -> None:
         sizes = (self.width, self.depth, self.num_heads, self.vocabulary, self.expansion, self.context)
@@ -47,6 +50,8 @@ class GPTConfig:
             raise OptionError(
                 f"{self}: give sizes of at least 1, a width that is a multiple of twice the heads, dropout in [0, 1)"
             )
+        if self.distance not in DISTANCES:
+            raise OptionError(f"GPT: distance {self.distance!r}; give one of {', '.join(DISTANCES)}")
 
 
 class GPT(nn.Module):
@@ -72,11 +77,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.lm_head.weight = self.embedding.weight
-        head_dim = config.width // config.num_heads
-        frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-        angle = torch.outer(torch.arange(config.context), frequency)  # (context, head_dim / 2)
-        self.register_buffer("cosine", angle.cos(), persistent=False)
-        self.register_buffer("sine", angle.sin(), persistent=False)
+        cosine, sine = angles(config.context, config.width // config.num_heads)  # (context, head_dim / 2)
+        self.register_buffer("cosine", cosine, persistent=False)
+        self.register_buffer("sine", sine, persistent=False)
         self._initialize(generator)
 
     @torch.no_grad()
@@ -122,9 +125,12 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
+    slope: Tensor
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.num_heads, self.distance = config.num_heads, config.distance
+        self.register_buffer("slope", slopes(config.num_heads), persistent=False)
         self.q_proj = nn.Linear(config.width, config.width, bias=False)
         self.k_proj = nn.Linear(config.width, config.width, bias=False)
         self.v_proj = nn.Linear(config.width, config.width, bias=False)
@@ -135,8 +141,10 @@ class _Attention(nn.Module):
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
+        decays = self.distance != "none"
+        bias = distance_bias(x.shape[1], self.slope.to(query), self.distance) if decays else None
         mixed = functional.scaled_dot_product_attention(
-            _rotated(query, *turn), _rotated(key, *turn), value, is_causal=True
+            rotated(query, *turn), rotated(key, *turn), value, attn_mask=bias, is_causal=not decays
         )
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return out
@@ -151,9 +159,3 @@ class _FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(functional.gelu(self.up_proj(x)))
         return out
-
-
-def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
-    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
