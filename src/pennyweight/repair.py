@@ -1,17 +1,17 @@
 """Repair: tune what is cheap to store of a fitted language model against the original, for a stated time.
 
-A factor for every output of every compact matrix and the weights of the norms are trained end to end on the KL
-divergence from the original's next-token distribution; codes stay as they are, so backward passes need no weight
-gradients. The factors fold into the scales that are stored anyway.
+Trained end to end on the KL divergence from the original's next-token distribution are the scales of every group of
+matrices on a grid, a factor for every output of other compact matrices, and the weights of the norms. Codes stay as
+they are, and the factors fold into the scales that are stored anyway.
 
 The number of steps is settled once, from the time of the first ones, and kept in the journal with regular checkpoints,
 so that a killed repair goes on and ends the same. A repair that does not help on the check windows is thrown away.
 
 Source: M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
-arXiv:2407.11062 (tuning scales end to end with fixed codes). Differs from the source: output scales only, norms too,
-and the original's distribution in place of the text's next tokens.
+arXiv:2407.11062 (tuning scales end to end with fixed codes). Differs from the source: norms too, and the original's
+distribution in place of the text's next tokens; entropy-coded and other matrices have one factor an output.
 
-Shape letters: M out features, N in features; B windows, T tokens, V vocabulary.
+Shape letters: M out features, N in features, G groups of a row; B windows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from pennyweight.finish import Solved
 from pennyweight.job import Job, standing_in
 from pennyweight.journal import Journal
 from pennyweight.plan.slots import Slot
+from pennyweight.solvers.trained import Rescaled, rescalable, rescaled
 from pennyweight.weights import Diagonal, Product, Weight
 from pennyweight.weights.entropy import EntropyCoded, scale_values
+from pennyweight.weights.layers import CompactLinear
 
 _BATCH = 2  # windows a step
 _WINDOWS = 1024  # to train on, at most
@@ -70,12 +72,12 @@ def repair(job: Job, solved: Solved, seconds: float) -> Solved:
     text = job.text(_WINDOWS)
     with job.stage("repair"):
         student, tuned, norms = _student(job, solved, slots)
-        trained = {f"{name}.factor": layer.factor for name, layer in tuned.items()} | norms
+        trained = {f"{name}.factor": factor for name, factor in tuned.items()} | norms
         run = _Run(job, solved, student, trained, text)
         run.go(seconds)
     weights = dict(solved.weights)
     for slot in slots:
-        weights[slot.name] = with_factors(weights[slot.name], tuned[slot.name].factor.detach())
+        weights[slot.name] = with_factors(weights[slot.name], tuned[slot.name].detach())
     tensors = {name: value.detach().half().to(value.dtype) for name, value in norms.items()}
     mended = replace(solved, weights=weights, tensors=tensors)
     before = job.scores("baseline", "original", job.model.module, job.check, exact=False)
@@ -96,7 +98,10 @@ def reserved_bytes(slots: Sequence[Slot]) -> int:
 
 
 def with_factors(weight: Weight, factor: Tensor) -> Weight:
-    """``weight`` with its outputs multiplied by ``factor`` (M,), kept in 16 bits."""
+    """``weight`` with its outputs multiplied by ``factor`` (M,), or the scales of its groups by (M, G), in 16 bits."""
+    if factor.ndim == 2:
+        assert rescalable(weight)
+        return rescaled(weight, factor)
     if isinstance(weight, EntropyCoded) and not weight.transposed:
         scale = (scale_values(weight.row_scale) * factor).half()
         stored = {name: getattr(weight, name) for name in weight.tensors} | {"row_scale": scale}
@@ -106,22 +111,28 @@ def with_factors(weight: Weight, factor: Tensor) -> Weight:
 
 def _student(
     job: Job, solved: Solved, slots: Sequence[Slot]
-) -> tuple[nn.Module, dict[str, Tuned], dict[str, nn.Parameter]]:
-    """The model with the solved matrices frozen in bfloat16, its factors, and its norms by parameter name."""
+) -> tuple[nn.Module, dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The model with the solved matrices frozen in bfloat16, their factors, and its norms by parameter name."""
     with standing_in(job.model.module, solved.slots, solved.weights):
         student = copy.deepcopy(job.model.module)
-    tuned = {}
+    tuned: dict[str, nn.Parameter] = {}
+    stands: nn.Module
     for slot in slots:
         layer = student.get_submodule(slot.map.path)
-        bias = getattr(layer, "bias", None)
-        tuned[slot.name] = Tuned(solved.weights[slot.name].dense().detach().bfloat16(), bias)
-        student.set_submodule(slot.map.path, tuned[slot.name])
+        bias, weight = getattr(layer, "bias", None), solved.weights[slot.name]
+        if rescalable(weight):
+            scales = Rescaled(weight)
+            stands, tuned[slot.name] = CompactLinear(scales, bias), scales.factor
+        else:
+            plain = Tuned(weight.dense().detach().bfloat16(), bias)
+            stands, tuned[slot.name] = plain, plain.factor
+        student.set_submodule(slot.map.path, stands)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
     wanted = tuple(f"{path}." for path in job.model.anatomy.norms)
     norms = {name: value for name, value in student.named_parameters() if name.startswith(wanted)}
-    for layer in tuned.values():
-        layer.factor.requires_grad_(True)
+    for factor in tuned.values():
+        factor.requires_grad_(True)
     for value in norms.values():
         value.requires_grad_(True)
     return student, tuned, norms

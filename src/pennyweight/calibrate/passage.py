@@ -208,7 +208,7 @@ class Passage:
             self.shadow.empty(names)
             if first:
                 self._finish(turn, passes)
-            return _joined(outs, [size for _, size in parts])
+            return joined(outs, [size for _, size in parts])
 
         block.forward = forward
 
@@ -353,20 +353,21 @@ def _parts(value: Any, windows: int, size: int) -> Iterator[tuple[Any, int]]:
         return
     for start in range(0, windows, size):
         stop = min(start + size, windows)
-        yield _cut(value, windows, start, stop), stop - start
+        yield cut(value, windows, slice(start, stop)), stop - start
 
 
-def _cut(value: Any, windows: int, start: int, stop: int) -> Any:
+def cut(value: Any, windows: int, at: slice | Tensor) -> Any:
+    """``value``, the arguments of a block on so many ``windows``, as they are for the windows ``at``."""
     if _is_batched(value, windows):
-        return value[start:stop]
+        return value[at]
     if type(value) in (tuple, list):
-        return type(value)(_cut(inner, windows, start, stop) for inner in value)
+        return type(value)(cut(inner, windows, at) for inner in value)
     if type(value) is dict:
-        return {key: _cut(inner, windows, start, stop) for key, inner in value.items()}
+        return {key: cut(inner, windows, at) for key, inner in value.items()}
     return value
 
 
-def _joined(outs: Sequence[Any], sizes: Sequence[int]) -> Any:
+def joined(outs: Sequence[Any], sizes: Sequence[int]) -> Any:
     """What a block gives on all windows, from what it gave on each part."""
     first = outs[0]
     if len(outs) == 1:
@@ -375,5 +376,5 @@ def _joined(outs: Sequence[Any], sizes: Sequence[int]) -> Any:
         batched = first.ndim >= 2 and all(len(out) == size for out, size in zip(outs, sizes, strict=True))
         return torch.cat(list(outs)) if batched else first
     if type(first) in (tuple, list):
-        return type(first)(_joined(each, sizes) for each in zip(*outs, strict=True))
+        return type(first)(joined(each, sizes) for each in zip(*outs, strict=True))
     return first

@@ -9,46 +9,13 @@ Shape letters: R rows of input, M out features, N in features, G groups, S featu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pennyweight.errors import OptionError
+from pennyweight.solvers.fake_quant import learned_step
 from pennyweight.weights.grid import Grid, grouped
 from pennyweight.weights.quantized import Quantized
-
-
-class _LearnedStep(torch.autograd.Function):
-    """``round(clamp(x / step)) * step``, with the gradients of the source (eq. 3 and 5)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
-        level = x / step
-        ctx.save_for_backward(level)
-        ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
-        return level.clamp(low, high).round() * step
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        (gradient,) = gradients
-        (level,) = ctx.saved_tensors
-        inside = (level > ctx.low) & (level < ctx.high)
-        slope = torch.where(inside, level.round() - level, level.clamp(ctx.low, ctx.high))
-        return gradient * inside, (gradient * slope).sum(-1, keepdim=True) * ctx.gradient_scale, None, None, None
-
-
-def learned_step(x: Tensor, step: Tensor, bits: int) -> Tensor:
-    """``x`` (..., S) rounded to whole multiples of ``step`` (..., 1) that ``bits`` bits tell apart; differentiable.
-
-    The gradient passes ``x`` unchanged inside the range and stops outside; that of the step is scaled by
-    1 / sqrt(S * 2**(bits - 1)), so that steps and weights learn at like rates.
-    """
-    high = 2 ** (bits - 1) - 1
-    found: Tensor = _LearnedStep.apply(  # type: ignore[no-untyped-call]
-        x, step, -high - 1, high, (x.shape[-1] * max(1, high)) ** -0.5
-    )
-    return found
 
 
 def tuned(matrix: Tensor, grid: Grid, inputs: Tensor, *, steps: int = 100, learning_rate: float = 0.03) -> Quantized:
