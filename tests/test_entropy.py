@@ -173,3 +173,23 @@ def test_nan_is_named() -> None:
     matrix[0, 0] = float("nan")
     with pytest.raises(FormError, match="1 of 64 values"):
         Entropy(bits=4.0).solve(Dense(matrix), Statistics(1, torch.eye(8)))
+
+
+def test_codes_beyond_a_byte_are_kept_apart() -> None:
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(-5, 6, (40, 24), generator=g)
+    codes[3, 7], codes[3, 8], codes[39, 0] = 1000, -129, 40_000
+    scales = torch.full((40,), 128, dtype=torch.uint8), torch.full((24,), 130, dtype=torch.uint8)
+    weight = EntropyCoded.encode(codes, *scales, step=0.5)
+    assert weight.near.dtype == torch.int8
+    assert len(weight.far) == 3
+    assert torch.equal(weight.codes, codes.int())
+    dense = codes.float() * 0.5 * 2 ** (2 / 16)
+    assert torch.allclose(weight.dense(), dense, rtol=1e-6)
+    x = torch.randn(2, 5, 24, generator=g)
+    assert torch.allclose(weight(x), x @ dense.T, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(weight.T(x @ dense.T), x @ dense.T @ dense, rtol=1e-4)
+    index = torch.tensor([[3, 0], [39, 3]])
+    assert torch.equal(weight.rows(index), weight.dense()[index])
+    (again,) = [rebuild(structure(weight), weight.state_dict())]
+    assert torch.equal(again.codes, weight.codes)

@@ -232,7 +232,7 @@ def test_standing_in_leaves_the_model_as_it_was(model: Path) -> None:
         ({"budgets": ["25%"], "repair": True}, OptionError, "--time"),
         ({"budgets": ["25%"], "levers": "quantize.nothing"}, RecipeError, "no lever is called"),
         ({"budgets": ["25%"], "levers": "-quantize.entropy"}, OptionError, "leaves none"),
-        ({"budgets": ["latency=50%"]}, OptionError, "latency"),
+        ({"budgets": ["kv=50%"]}, OptionError, "kv"),
         ({"budgets": ["25%"], "floor": "accuracy>=0.9x"}, UserError, "perplexity"),
     ],
 )
@@ -247,3 +247,19 @@ def test_what_makes_no_sense_is_refused_before_any_work(
 def test_results_are_not_overwritten_unasked(fitted: Fitted, model: Path, text: Path) -> None:
     with pytest.raises(OutputError, match="already holds"):
         fit(model, data=text, budgets=["45%"], out=fitted.directory, settings=toys.QUICK)
+
+
+def test_what_is_measured_here_can_be_budgeted(model: Path, text: Path, tmp_path: Path) -> None:
+    found = fit(
+        model, data=text, budgets=["memory=150%", "energy=30%", "latency=1000%"], out=tmp_path / "out",
+        settings=toys.QUICK,
+    )  # fmt: skip
+    lines = {line.resource: line for line in found.receipt.budgets}
+    assert lines["energy"].spent <= lines["energy"].allowed
+    assert 0 < lines["latency"].spent <= lines["latency"].allowed
+    assert lines["memory"].spent > 50e6  # the interpreter and libraries count
+    assert found.receipt.holds
+    with pytest.raises(
+        BudgetError, match=r"1 us of latency cannot be met: the smallest choice needs \d.* [mu]s, .* of it"
+    ):
+        fit(model, data=text, budgets=["latency=1us"], out=tmp_path / "no", settings=toys.QUICK)

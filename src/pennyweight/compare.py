@@ -30,7 +30,7 @@ from pennyweight.plan.slots import slots_of
 from pennyweight.recipe import Recipe
 from pennyweight.safe_write import write_text
 from pennyweight.task import task_of
-from pennyweight.units import Budget
+from pennyweight.units import Budget, whole
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def compare(
             name, solved = _solve(job, contender)
             with solved.computing(loaded.module) as changed:
                 after = job.scores(f"measuring {name}", solved.digest, changed, job.heldout, exact=True)
-            found.append((name, solved.spent["bytes"], after))
+            found.append((name, int(solved.spent["bytes"]), after))
     found.sort(key=lambda each: float(job.task.harm(before, each[2]).double().mean()))
     best = job.task.harm(before, found[0][2]).double()
     tests = [
@@ -148,8 +148,8 @@ def _solve(job: Job, contender: str | Path | Recipe) -> tuple[str, Solved]:
     job.cards = chosen_levers(str(contender), job.budgets)
     slots = slots_of(job.model.anatomy, job.statistics())
     offers = job.offers(slots)
-    prices, allowed = first_plan(job, slots, bf16_bytes(job.model))
-    room = {name: int(limit) for name, limit in allowed.items()}
+    prices, allowed = first_plan(job, slots, offers, bf16_bytes(job.model))
+    room = {name: whole(name, limit) for name, limit in allowed.items()}
     for _ in range(2):  # the second time the bytes beside the weights are known
         plan = prices.plan(slots, offers, room)
         weights = job.solve(slots, plan)

@@ -11,8 +11,8 @@ Shape letters: M out features, N in features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,11 +30,18 @@ class Prediction:
         lever: the lever with its options; None keeps the matrix as it is.
         cost: of the whole matrix.
         damage: in nats a token.
+        extra: costs beyond ``cost``, in the whole units of `pennyweight.plan.probes`.
     """
 
     lever: Any
     cost: Cost
     damage: float
+    extra: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """Every cost by resource."""
+        return {"bytes": self.cost.bytes, "params": self.cost.params, "flops": self.cost.flops, **self.extra}
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from pennyweight.journal import Journal
 from pennyweight.model import bf16_bytes
 from pennyweight.plan.rounds import Prices
 from pennyweight.plan.slots import slots_of
-from pennyweight.units import show_bytes, show_seconds
+from pennyweight.units import base, show_bytes, show_seconds, whole
 
 _SLICE = Settings(length=128, statistics=4, gradients=2, check=2, heldout=2)
 _SLOTS = 8  # solved for timing, spread over the model
@@ -49,7 +49,7 @@ class Estimate:
 
     stages: tuple[StageEstimate, ...]
     bytes: int
-    cost: dict[str, int]
+    cost: dict[str, float]
     metric: str
     quality: float
     peak_bytes: int
@@ -76,23 +76,23 @@ class Estimate:
 
 
 def estimate(job: Job) -> Estimate:
-    """A smoke pass of every stage of ``job`` on a slice, and what it says of the whole.
+    """A smoke pass of every stage of ``job`` on a slice, and what it says of the full.
 
     Raises:
         BudgetError: what is asked cannot be met by any plan, as the fit itself would say after its statistics.
     """
     from pennyweight.fit import first_plan  # the two need each other: a fit offers its dry run
 
-    whole = job.settings
+    full = job.settings
     with TemporaryDirectory() as folder:
-        small = replace(job, settings=replace(_SLICE, seed=whole.seed), journal=Journal(Path(folder)), steps=[])
+        small = replace(job, settings=replace(_SLICE, seed=full.seed), journal=Journal(Path(folder)), steps=[])
         statistics = small.statistics()
         slots = slots_of(small.model.anatomy, statistics)
         before = small.scores("baseline", "original", small.model.module, small.check, exact=False)
         offers = small.offers(slots)
         ceiling = None if job.floor is None or job.budgets else job.task.harm_of(job.floor, before)
-        prices, allowed = first_plan(small, slots, bf16_bytes(job.model))
-        room = {name: int(limit) for name, limit in allowed.items()}
+        prices, allowed = first_plan(small, slots, offers, bf16_bytes(job.model))
+        room = {name: whole(name, limit) for name, limit in allowed.items()}
         plan = Prices(fixed=prices.fixed).plan(slots, offers, room, ceiling)
         tried = slots[:: max(1, len(slots) // _SLOTS)]
         began = time.perf_counter()
@@ -107,7 +107,7 @@ def estimate(job: Job) -> Estimate:
         sampling = 6 * (time.perf_counter() - began)
     took = {step.name: step.seconds for step in small.steps}
     rough = took["baseline"] / small.check.numel()
-    tokens = whole.length * whole.statistics
+    tokens = full.length * full.statistics
 
     stages = (
         # the backward passes are a quarter of the text at twice the price, as in the slice
@@ -116,12 +116,12 @@ def estimate(job: Job) -> Estimate:
         StageEstimate(
             "solving, two rounds", 1.3 * solving * sum(s.map.shape[0] * s.map.shape[1] ** 1.5 for s in slots)
         ),
-        StageEstimate("checking plans", 5 * rough * whole.length * whole.check),
-        StageEstimate("measuring, held out", 2 * exact * whole.length * whole.heldout),
+        StageEstimate("checking plans", 5 * rough * full.length * full.check),
+        StageEstimate("measuring, held out", 2 * exact * full.length * full.heldout),
         StageEstimate("samples", sampling),
     )
     inside = sum(s.map.shape[0] * s.map.shape[1] for s in slots)
-    widest = sum({id(s.statistics.second_moment): s.map.shape[1] ** 2 for s in slots}.values())
+    widest = sum({s.map.input_group: s.map.shape[1] ** 2 for s in slots}.values())
     size = plan.choice.cost["bytes"]
     picked: dict[str, int] = {}
     for offer in plan.picked.values():
@@ -130,7 +130,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(
         stages=stages,
         bytes=size,
-        cost=dict(plan.choice.cost),
+        cost={name: base(name, value) for name, value in plan.choice.cost.items()},
         metric=job.task.metric,
         quality=job.task.effect_of(plan.choice.damage),
         # codes in memory, the dense stand-ins, and the activations of longer windows on top of what the slice needed

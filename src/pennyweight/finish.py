@@ -72,9 +72,9 @@ class Solved:
     weights: Mapping[str, Weight]
     recipe: Recipe
     labels: Mapping[str, str]
-    spent: Mapping[str, int]
+    spent: Mapping[str, float]
     allowed: Mapping[str, int | float] = field(default_factory=dict)
-    planned: Mapping[str, int] = field(default_factory=dict)
+    planned: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     module: nn.Module | None = None
     predicted: float | None = None
@@ -279,7 +279,7 @@ def _receipt(job: Job, solved: Solved, figures: Figures, source: Source, recipe:
         name="model files", unit="bytes", before=Estimate(value=source.bf16_bytes), after=Estimate(value=written),
         ratio=Estimate(value=written / source.bf16_bytes), predicted=solved.planned.get("bytes"),
     )  # fmt: skip
-    spent: Mapping[str, int] = {**solved.spent, "bytes": written}
+    spent: Mapping[str, float] = {**solved.spent, "bytes": written}
     lines = tuple(
         BudgetLine(
             asked=str(budget), resource=budget.resource, allowed=solved.allowed[budget.resource],

@@ -31,15 +31,15 @@ from pennyweight.repair import repair as mend
 from pennyweight.repair import reserved_bytes
 from pennyweight.safe_write import check_free
 from pennyweight.task import task_of
-from pennyweight.units import Budget, Floor, parse_seconds, show_bytes
+from pennyweight.units import Budget, Floor, base, parse_seconds, show_bytes, whole
 from pennyweight.weights import Weight
 
 __all__ = ["Fitted", "Settings", "Solved", "fit", "plan_and_solve"]
 
 #: Plans solved at most: the first teaches the prices, the second spends by them, the third mends an overrun.
 ROUNDS = 3
-#: Resources a plan can be made against: those whose cost is read off the structure of a weight.
-PLANNED = ("bytes", "params", "flops")
+#: Resources a plan can be made against: read off the structure of a weight, by the energy model, or measured here.
+PLANNED = ("bytes", "params", "flops", "latency", "memory", "energy")
 #: Plans within this factor of each other count as equal.
 _TIE = 1.01
 #: How much worse, in predicted harm, a simpler plan may be and still be worth solving.
@@ -145,27 +145,29 @@ def plan_and_solve(job: Job, *, mending: bool = False) -> Solved:
         mending: leave room for the scales that a repair adds.
     """
     reference = bf16_bytes(job.model)
-    statistics = job.statistics()
-    slots = slots_of(job.model.anatomy, statistics)
+    slots = slots_of(job.model.anatomy, job.statistics())
     before = job.scores("baseline", "original", job.model.module, job.check, exact=False)
     offers = job.offers(slots)
-    prices, allowed = first_plan(job, slots, reference)
+    prices, allowed = first_plan(job, slots, offers, reference)
     ceiling = None
     if job.floor is not None and not allowed:
         ceiling = job.task.harm_of(job.floor, before)
-    room = {name: int(limit) for name, limit in allowed.items()}
+    room = {name: whole(name, limit) for name, limit in allowed.items()}
     if mending and "bytes" in room:
         room["bytes"] -= reserved_bytes(slots)
     spread, found = _SPREAD, None
     for number in range(1, ROUNDS + 1):
         plan = prices.plan(slots, offers, room, None if ceiling is None else ceiling / _caution(job, spread))
+        if all(offer.lever is None for offer in plan.picked.values()):
+            raise BudgetError(f"{job.model.name} meets what is asked as it is; tighten a budget, or leave it alone")
         now, prices, deviation = _attempt(job, slots, offers, plan, prices, before, allowed, number)
         assert now.measured is not None
         spread = deviation / now.measured if now.measured > 0 else _SPREAD
-        fits = all(now.spent[name] <= limit for name, limit in room.items())
+        fits = _within(now, room)
         floor_met = ceiling is None or now.measured * _caution(job, spread) <= ceiling
+        now = replace(now, weights={})  # they lie in the journal, and two rounds of them need not lie in memory
         if fits and floor_met and (found is None or _better(now, found, ceiling)):
-            found = now
+            found, chosen = now, plan
         if found is not None and number > 1:
             break
     if found is None:
@@ -174,6 +176,7 @@ def plan_and_solve(job: Job, *, mending: bool = False) -> Solved:
             f"after {ROUNDS} rounds no plan holds: the last one spends {show_bytes(now.spent['bytes'])} and measures "
             f"{job.task.metric} {job.task.effect_of(now.measured):.3f}; relax what was asked a little"
         )
+    found = replace(found, weights=job.solve(slots, chosen))
     if ceiling is None:
         found = _simpler(job, slots, offers, prices, before, found, room)
     return found
@@ -192,15 +195,19 @@ def _attempt(
         weights=weights,
         recipe=Recipe.of({name: o.lever for name, o in plan.picked.items() if o.lever is not None}),
         labels={name: label_of(offer) for name, offer in plan.picked.items() if offer.lever is not None},
-        spent=spent,
+        spent={name: base(name, value) for name, value in spent.items()},
         allowed=allowed,
-        planned=plan.choice.cost,
+        planned={name: base(name, value) for name, value in plan.choice.cost.items()},
         predicted=plan.choice.damage,
         measured=harm,
         curve=tuple((cost, damage) for cost, damage, _ in frontier(prices.problem(slots, offers))),
         certificate=_certificate(plan, sum(map(len, offers.values())), number),
     )
     return solved, prices, deviation
+
+
+def _within(solved: Solved, room: Mapping[str, int]) -> bool:
+    return all(whole(name, solved.spent[name]) <= limit for name, limit in room.items())
 
 
 def _simpler(
@@ -225,7 +232,7 @@ def _simpler(
     if best is None or best.choice.damage > found.predicted + _REACH or len(found.recipe.steps) <= 2:
         return found
     now, _, _ = _attempt(job, slots, offers, best, prices, before, found.allowed, 0)
-    if any(now.spent[name] > limit for name, limit in room.items()):
+    if not _within(now, room):
         return found
     first, second = (_check_harm(job, before, each) for each in (found, now))
     tie = tied(first, second, _TIE)
@@ -240,7 +247,7 @@ def _simpler(
 
 def _check_harm(job: Job, before: torch.Tensor, solved: Solved) -> torch.Tensor:
     """(windows,) harm of ``solved`` on the check windows; measured before, so out of the journal."""
-    with standing_in(job.model.module, solved.slots, solved.weights):
+    with standing_in(job.model.module, solved.slots, solved.weights, dtype=torch.bfloat16):
         after = job.scores("comparing plans", solved.digest, job.model.module, job.check, exact=False)
     return job.task.harm(before, after)
 
@@ -267,7 +274,7 @@ def measure(
     for index in range(len(groups)):
         part = [slot for slot in slots if slot.group in groups[: index + 1]]
         name = digest(weights, part)
-        with standing_in(job.model.module, part, weights):
+        with standing_in(job.model.module, part, weights, dtype=torch.bfloat16):
             after = job.scores("checking the plan", name, job.model.module, job.check, exact=False)
         each = job.task.harm(before, after).double()
         harm, deviation = float(each.mean()), float(each.std())
@@ -284,44 +291,51 @@ def _certificate(plan: Plan, choices: int, rounds: int) -> Certificate:
     )  # fmt: skip
 
 
-def _fixed(job: Job, slots: Sequence[Slot]) -> dict[str, int]:
-    """What every plan stores beside its slots, guessed; the first round replaces the bytes by what was counted."""
+def _fixed(job: Job, slots: Sequence[Slot], offers: Mapping[str, Sequence[Prediction]]) -> dict[str, int]:
+    """What every plan takes beside its slots, guessed; the first round replaces guesses by what was seen."""
     inside = sum(slot.map.shape[0] * slot.map.shape[1] for slot in slots)
     count = parameters(job.model.module) - inside
     # two bytes a number, and what headers and structure say of each tensor
-    return {"bytes": 2 * count + 4096 + 1200 * len(slots), "params": count, "flops": 0}
+    found = {"bytes": 2 * count + 4096 + 1200 * len(slots), "params": count, "flops": 0}
+    whole_model = job.observed("original", job.model.module)
+    for resource, value in whole_model.items():
+        untouched = [offers[slot.name][-1].extra.get(resource, 0) for slot in slots]
+        found[resource] = value - sum(untouched) if resource != "energy" else 0
+    return found
 
 
-def first_plan(job: Job, slots: Sequence[Slot], reference: int) -> tuple[Prices, dict[str, int | float]]:
+def first_plan(
+    job: Job, slots: Sequence[Slot], offers: Mapping[str, Sequence[Prediction]], reference: int
+) -> tuple[Prices, dict[str, int | float]]:
     """The prices before anything was measured, and every budget in base units."""
-    prices = Prices(fixed=_fixed(job, slots))
+    prices = Prices(fixed=_fixed(job, slots, offers))
     return prices, _limits(job, prices, slots, reference)
 
 
 def _limits(job: Job, prices: Prices, slots: Sequence[Slot], reference: int) -> dict[str, int | float]:
     """Every budget in base units."""
     matrices = sum(slot.map.shape[0] * slot.map.shape[1] for slot in slots)
-    originals = {
+    originals: dict[str, float] = {
         "bytes": reference,
         "params": matrices + prices.fixed["params"],
         "flops": 2 * matrices,
     }
-    allowed: dict[str, int | float] = {}
-    for budget in job.budgets:
-        allowed[budget.resource] = budget.limit_for(originals[budget.resource])
-    return allowed
+    originals |= {name: base(name, value) for name, value in job.observed("original", job.model.module).items()}
+    return {budget.resource: budget.limit_for(originals[budget.resource]) for budget in job.budgets}
 
 
 def solved_cost(
     job: Job, prices: Prices, plan: Plan, weights: Mapping[str, Weight], slots: Sequence[Slot]
 ) -> tuple[Prices, dict[str, int]]:
-    """What the solved model costs, bytes exactly as its files will be; and prices that know the bytes beside slots."""
-    inside = {"bytes": 0, "params": 0, "flops": 0}
+    """What the solved model costs, bytes exactly as its files will be, and what is measured as measured; and prices
+    that know what is beside the slots."""
+    inside: dict[str, int] = {}
     for slot in slots:
-        cost = weights[slot.name].cost() if slot.name in weights else plan.picked[slot.name].cost
-        for name in inside:
-            inside[name] += getattr(cost, name)
+        picked = plan.picked[slot.name]
+        for name, value in picked.costs.items():
+            exact = getattr(weights[slot.name].cost(), name, value) if slot.name in weights else value
+            inside[name] = inside.get(name, 0) + exact
     with installed(job.model.module, slots, weights):
-        written = file_bytes(job.model)
-    fixed = {**prices.fixed, "bytes": written - inside["bytes"]}
+        seen = {"bytes": file_bytes(job.model), **job.observed(digest(weights, slots), job.model.module)}
+    fixed = {**prices.fixed, **{name: value - inside[name] for name, value in seen.items()}}
     return replace(prices, fixed=fixed), {name: inside[name] + fixed[name] for name in inside}

@@ -104,7 +104,7 @@ def frontier(
         slots = slots_of(loaded.anatomy, job.statistics())
         before = job.scores("baseline", "original", loaded.module, job.check, exact=False)
         offers = job.offers(slots)
-        prices, _ = first_plan(job, slots, reference)
+        prices, _ = first_plan(job, slots, offers, reference)
         points = []
         for share in measured:
             plan = prices.plan(slots, offers, {"bytes": int(share * reference)})

@@ -7,18 +7,17 @@ plan, and the held-out one, which no decision sees, gives the figures of the rec
 
 from __future__ import annotations
 
-import resource
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pennyweight import calibrate
+from pennyweight import calibrate, resident
 from pennyweight.damage import Prediction
 from pennyweight.data import windows
 from pennyweight.errors import DataError, OptionError
@@ -27,12 +26,14 @@ from pennyweight.lever import Card, find, options_of
 from pennyweight.lever import levers as all_levers
 from pennyweight.model import anatomy
 from pennyweight.model.model import Model
+from pennyweight.model.saving import narrowest
+from pennyweight.plan import probes
 from pennyweight.plan.offers import predict, settings_for
 from pennyweight.plan.rounds import Plan
 from pennyweight.plan.slots import Slot, matrix_of
 from pennyweight.statistics import Statistics
 from pennyweight.task import Task
-from pennyweight.units import Budget, Floor
+from pennyweight.units import Budget, Floor, whole
 from pennyweight.weights import Dense, Weight, rebuild, structure
 
 Progress = Callable[[str, int, int], None]
@@ -99,12 +100,13 @@ class Job:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage."""
+        resident.give_back()
+        resident.restart()
         began = clock.perf_counter()
         self.progress(name, 0, 1)
         yield
         self.progress(name, 1, 1)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.steps.append(Step(name, clock.perf_counter() - began, peak))
+        self.steps.append(Step(name, clock.perf_counter() - began, resident.highest()))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -159,8 +161,8 @@ class Job:
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
-    def statistics(self) -> dict[str, Statistics]:
-        """Statistics of every linear map, from the journal where they lie there."""
+    def statistics(self) -> Mapping[str, Statistics]:
+        """Statistics of every linear map, each read from the journal when it is asked for: together they are large."""
         s, needs = self.settings, PRICED.union(*(card.needs for card in self.cards))
         key = Journal.key("statistics", needs=sorted(needs), **self.identity)
         with self.stage("statistics"):
@@ -172,8 +174,8 @@ class Job:
                 )  # fmt: skip
                 self.journal.put(key, *_flattened(found))
                 del found
-            unit = self.journal.load(key)
-            return _unflattened(unit.tensors, unit.meta)
+            unit = self.journal.lazily(key)
+            return _Journalled(unit.tensors, unit.meta["maps"])
 
     def scores(self, what: str, name: str, module: torch.nn.Module, ids: Tensor, *, exact: bool) -> Tensor:
         """Scores of ``module`` on windows ``ids`` (see `pennyweight.task`), a unit of the journal.
@@ -193,16 +195,59 @@ class Job:
             return self.journal.load(key).tensors["scores"]
 
     def offers(self, slots: Sequence[Slot]) -> dict[str, list[Prediction]]:
-        """Predicted cost and damage of every candidate in every slot, "as it is" in 16 bits among them."""
+        """Predicted cost and damage of every candidate in every slot.
+
+        "As it is" stands where no lever applies, and beside the others where what is budgeted is measured.
+        """
         found: dict[str, list[Prediction]] = {}
+        resources = {budget.resource for budget in self.budgets}
         with self.stage("predictions"):
             for done, slot in enumerate(slots):
                 weight = Dense(matrix_of(self.model.module, slot))
                 settings = settings_for(self.cards, slot.map.shape)
                 found[slot.name] = predict(settings, weight, slot.statistics, seed=self.settings.seed)
-                if not found[slot.name]:
-                    found[slot.name] = [Prediction(None, Dense(weight.dense().bfloat16()).cost(), 0.0)]
+                if not found[slot.name] or resources & probes.MEASURED:
+                    matrix = weight.dense()
+                    found[slot.name].append(Prediction(None, Dense(matrix.to(narrowest(matrix))).cost(), 0.0))
                 self.progress("predictions", done + 1, len(slots))
+        if resources & (probes.MEASURED | {"energy"}):
+            found = probes.priced(self.model, slots, found, resources, self._probes(slots, found, resources))
+        return found
+
+    def _probes(
+        self, slots: Sequence[Slot], offers: Mapping[str, Sequence[Prediction]], resources: Collection[str]
+    ) -> dict[Any, probes.Probe]:
+        """What candidates take on this machine, each kind tried once and kept in the journal: it decides plans."""
+        if not set(resources) & probes.MEASURED:
+            return {}
+        asked = {probes.key_of(slot, offer.lever): slot for slot in slots for offer in offers[slot.name]}
+        found: dict[Any, probes.Probe] = {}
+        with self.stage("probing this machine"):
+            for done, (key, slot) in enumerate(asked.items()):
+                unit = Journal.key("probe", **probes.kind_of(slot, key[-1]), **self.identity)
+                if not self.journal.done(unit):
+                    made = probes.try_out(self.model, slot, key[-1], self.check)
+                    self.journal.store(unit, meta=vars(made))
+                found[key] = probes.Probe(**self.journal.load(unit).meta)
+                self.progress("probing this machine", done + 1, len(asked))
+        return found
+
+    def observed(self, name: str, module: torch.nn.Module) -> dict[str, int]:
+        """What the whole model takes of the budgeted resources that no structure tells, in the whole units of plans.
+
+        Args:
+            name: what tells ``module`` from others; a unit of the journal.
+            module: run when the journal does not have it.
+        """
+        found: dict[str, int] = {}
+        asked = sorted({b.resource for b in self.budgets} & (probes.MEASURED | {"energy"}))
+        for each in asked:
+            key = Journal.key("observed", of=name, resource=each, **self.identity)
+            if not self.journal.done(key):
+                with self.stage(f"measuring {each}"):
+                    value = probes.observe(replace(self.model, module=module), each, self.check)
+                self.journal.store(key, meta={"value": value})
+            found[each] = whole(each, self.journal.load(key).meta["value"])
         return found
 
     def solve(self, slots: Sequence[Slot], plan: Plan) -> dict[str, Weight]:
@@ -229,8 +274,18 @@ def standing_in(
     slots: Sequence[Slot],
     solved: Mapping[str, Weight],
     tensors: Mapping[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[None]:
-    """For a while the model computes with the solved matrices, dense, and with ``tensors`` in place of its own."""
+    """For a while the model computes with the solved matrices, dense, and with ``tensors`` in place of its own.
+
+    Args:
+        module: the original.
+        slots: where.
+        solved: what, by slot name.
+        tensors: other parameters, by name.
+        dtype: of the matrices of the blocks, for scores whose products run in it anyway; None for the module's own.
+    """
     kept: list[tuple[torch.nn.Parameter, Tensor]] = []
     try:
         for name, tensor in (tensors or {}).items():
@@ -244,7 +299,8 @@ def standing_in(
                 dense = solved[slot.name].dense().detach()
                 kept.append((held, held.data))
                 turned = dense.T if slot.map.kind == "conv1d-transposed" else dense
-                held.data = turned.to(held.dtype).reshape(held.shape)
+                inner = slot.map.block is not None and slot.map.kind == "linear"
+                held.data = turned.to((dtype if inner else None) or held.dtype).reshape(held.shape)
         yield
     finally:
         for held, data in kept:
@@ -283,11 +339,21 @@ def _flattened(found: Mapping[str, Statistics]) -> tuple[dict[str, Tensor], dict
     return tensors, {"maps": maps}
 
 
-def _unflattened(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Statistics]:
-    return {
-        name: Statistics(fact["count"], **{part: tensors[key] for part, key in fact["tensors"].items()})
-        for name, fact in facts["maps"].items()
-    }
+class _Journalled(Mapping[str, Statistics]):
+    """Statistics by map name, read when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], maps: Mapping[str, Any]) -> None:
+        self.tensors, self.maps = tensors, maps
+
+    def __getitem__(self, name: str) -> Statistics:
+        fact = self.maps[name]
+        return Statistics(fact["count"], **{part: self.tensors[key] for part, key in fact["tensors"].items()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.maps)
+
+    def __len__(self) -> int:
+        return len(self.maps)
 
 
 def chosen_levers(text: str | Sequence[str] | None, budgets: Sequence[Budget]) -> tuple[Card, ...]:

@@ -25,6 +25,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,40 @@ class Unit:
         meta: JSON-able facts beside the tensors.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+class _OnDisk(Mapping[str, Tensor]):
+    """Tensors of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path, names: tuple[str, ...]) -> None:
+        self.path, self.names = path, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with _readable(self.path), safe_open(self.path, framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+            return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """An OutputError in place of what goes wrong while ``path`` is read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise OutputError(
+            f"{path}: this unit of the journal cannot be read ({' '.join(str(error).split())}); delete the file "
+            "and resume: only its work is done again"
+        ) from error
 
 
 class Journal:
@@ -94,15 +127,18 @@ class Journal:
         Raises:
             OutputError: it is not there, or the file was damaged after it was written.
         """
+        held = self.lazily(key)
+        return Unit(dict(held.tensors), held.meta)
+
+    def lazily(self, key: str) -> Unit:
+        """The unit ``key``, each of its tensors read when it is asked for, and again when it is asked for again.
+
+        Raises:
+            OutputError: as `load`.
+        """
         path = self._path(key)
-        try:
-            with safe_open(path, framework="pt") as file:  # tensor by tensor: a unit can be half a gigabyte
-                return Unit({name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[_META]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            raise OutputError(
-                f"{path}: this unit of the journal cannot be read ({' '.join(str(error).split())}); delete the file "
-                "and resume: only its work is done again"
-            ) from error
+        with _readable(path), safe_open(path, framework="pt") as file:
+            return Unit(_OnDisk(path, tuple(file.keys())), json.loads(file.metadata()[_META]))
 
     def put(self, key: str, tensors: Mapping[str, Tensor] | None = None, meta: Mapping[str, Any] | None = None) -> None:
         """Write the finished unit ``key``; a kill leaves all of it or nothing.

@@ -230,6 +230,37 @@ RESOURCES: dict[Resource, tuple[tuple[Kind, ...], str]] = {
 _RESOURCE_SPELLINGS = {"size": "bytes", "parameters": "params", "flop": "flops", "time": "latency", "ram": "memory"}
 
 
+#: Plans count in whole units: so many of them make one of the base unit, where that does not come in whole numbers.
+_WHOLE = {"latency": 10**9, "energy": 10**12}
+
+
+def whole(resource: str, value: float) -> int:
+    """``value`` of a resource in the whole units of plans: nanoseconds, picojoules, bytes, parameters, FLOPs.
+
+    >>> whole("latency", 0.02), whole("bytes", 35_000_000)
+    (20000000, 35000000)
+    """
+    return int(value * _WHOLE.get(resource, 1))
+
+
+def base(resource: str, value: int) -> float | int:
+    """The base unit again: seconds, joules."""
+    return value / _WHOLE[resource] if resource in _WHOLE else value
+
+
+def show_whole(resource: str, value: int) -> str:
+    """For people: whole units exactly where they count, three digits where they are measured.
+
+    >>> show_whole("bytes", 67_257_504), show_whole("latency", 20_300_000)
+    ('67,257,504 bytes', '20.3 ms of latency')
+    """
+    if resource == "latency":
+        return f"{show_seconds(value / _WHOLE[resource])} of latency"
+    if resource == "energy":
+        return f"{value / _WHOLE[resource]:.3g} J of energy"
+    return f"{value:,} {'bytes of ' if resource in ('memory', 'kv') else ''}{resource}"
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may be spent at most of one resource.

@@ -8,11 +8,9 @@ and the second moments of one input.
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -26,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from pennyweight import resident
 from pennyweight.calibrate.passage import Passage, Settled, Stage
 from pennyweight.calibrate.shadow import Shadow, native_dtype
 from pennyweight.calibrate.walk import (
@@ -142,7 +141,7 @@ def stream(
 
         def keep(settled: Settled) -> None:
             writer.write(settled.name, settled.weights)
-            _give_back()
+            resident.give_back()
             if finished is not None:
                 finished(settled)
 
@@ -150,7 +149,7 @@ def stream(
 
         def settle_and_trim(maps: Sequence[Map], statistics: Sequence[Statistics]) -> Sequence[Weight | None]:
             weights = settle(maps, statistics)
-            _give_back()
+            resident.give_back()
             return weights
 
         passage = Passage(
@@ -321,17 +320,6 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps what it freed between tensors that live on.
-
-    At blocks of 26 MB that is 200 MB; giving it back costs half as much again as rounding to 4 bits.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
 
 
 def _copy_rest(directory: Path, aside: Path) -> None:

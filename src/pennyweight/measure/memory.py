@@ -12,16 +12,15 @@ import json
 import multiprocessing
 import os
 import pickle
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from pennyweight import resident
 from pennyweight.errors import OptionError, PennyweightError
 
 _LAUNCHER = """
@@ -34,7 +33,6 @@ with open(int(report), "w") as pipe:
     json.dump([usage.ru_maxrss, os.waitstatus_to_exitcode(status), time.perf_counter() - start], pipe)
 """
 _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -132,36 +130,17 @@ def _of_function(target: Callable[..., Any], args: tuple[Any, ...], options: dic
 
 def _in_child(pipe: Connection, target: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     gc.collect()
-    base = _resident()
+    resident.restart()
+    base = resident.now()
     start = perf_counter()
     try:
         result = target(*args, **options)
-        pipe.send(Peak(_highest(), base, perf_counter() - start, result))
+        pipe.send(Peak(resident.highest(), base, perf_counter() - start, result))
     except Exception as error:
         try:
             pipe.send(error)
         except (pickle.PicklingError, AttributeError, TypeError):
             pipe.send(PennyweightError(f"memory: {target!r} raised {type(error).__name__}: {error}"))
-
-
-def _resident() -> int:
-    """What is resident now; where the system allows it, the high-water mark starts from here."""
-    if not _STATUS.exists():
-        return _highest()
-    try:
-        _CLEAR.write_text("5")
-    except OSError:  # not allowed in some containers: the mark then also covers the imports before it
-        pass
-    return _field("VmRSS")
-
-
-def _highest() -> int:
-    return _field("VmHWM") if _STATUS.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
-
-
-def _field(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def _ended(code: int) -> str:

@@ -124,12 +124,15 @@ def _guard(module: nn.Module) -> dict[str, Tensor]:
 def _narrowed(name: str, tensor: Tensor, module: nn.Module, dtype: torch.dtype | None, dense: bool) -> Tensor:
     if not tensor.is_floating_point() or (not dense and _inside_compact(name, module)):
         return tensor
-    if dtype is not None:
-        return tensor.to(dtype)
+    return tensor.to(dtype if dtype is not None else narrowest(tensor))
+
+
+def narrowest(tensor: Tensor) -> torch.dtype:
+    """The dtype that a floating-point ``tensor`` is saved in: its own, or a 16-bit one that holds it exactly."""
     for narrow in (torch.bfloat16, torch.float16):
         if tensor.dtype.itemsize > narrow.itemsize and torch.equal(tensor.to(narrow).to(tensor.dtype), tensor):
-            return tensor.to(narrow)
-    return tensor
+            return narrow
+    return tensor.dtype
 
 
 def _inside_compact(name: str, module: nn.Module) -> bool:

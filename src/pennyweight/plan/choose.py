@@ -27,6 +27,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from pennyweight.errors import BudgetError, DataError
+from pennyweight.units import show_whole
 
 Pick = tuple[int, ...]
 
@@ -308,18 +309,24 @@ def _useful_no(problem: Problem, budgets: Mapping[str, int], most_damage: float 
             biggest = max(problem.slots, key=lambda slot: min(o.cost.get(name, 0) for o in problem.slots[slot]))
             share = min(o.cost.get(name, 0) for o in problem.slots[biggest])
             lines.append(
-                f"{limit:,} {name} cannot be met: the smallest choice needs {least:,}, {share:,} of it {biggest}; "
+                f"{show_whole(name, limit)} cannot be met: the smallest choice needs {_bare(name, least)}, "
+                f"{_bare(name, share)} of it {biggest}; "
                 f"raise the budget or allow levers that make {biggest} smaller"
             )
     if not lines and most_damage is not None:
         best = min(problem.damage(pick) for _, _, pick in frontier(problem, next(iter(budgets), "bytes")))
         lines.append(
             f"a predicted damage of {most_damage:.4g} nats a token cannot be met together with "
-            f"{', '.join(f'{limit:,} {name}' for name, limit in budgets.items()) or 'these offers'}; the least "
+            f"{', '.join(show_whole(name, limit) for name, limit in budgets.items()) or 'these offers'}; the least "
             f"possible without budgets is {best:.4g}"
         )
     if not lines:
-        asked = " and ".join(f"{limit:,} {name}" for name, limit in budgets.items())
-        smallest = ", ".join(f"{problem.least(name):,} {name}" for name in budgets)
+        asked = " and ".join(show_whole(name, limit) for name, limit in budgets.items())
+        smallest = ", ".join(show_whole(name, problem.least(name)) for name in budgets)
         lines.append(f"{asked} cannot be met together (each alone could: smallest {smallest}); relax one of them")
     return "; ".join(lines)
+
+
+def _bare(name: str, value: int) -> str:
+    """The same without its resource."""
+    return show_whole(name, value).removesuffix(f" of {name}").removesuffix(f" {name}")

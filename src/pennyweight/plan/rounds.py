@@ -36,7 +36,7 @@ class Prices:
                 slot.name: [
                     Offer(
                         label=label_of(offer),
-                        cost={"bytes": offer.cost.bytes, "params": offer.cost.params, "flops": offer.cost.flops},
+                        cost=offer.costs,
                         damage=offer.damage * self.factors.get(slot.group, 1.0),
                     )
                     for offer in offers[slot.name]

@@ -11,8 +11,9 @@ Shape letters: V tokens of the vocabulary, N width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,13 +33,18 @@ class Slot:
 
     Attributes:
         map: the map that is replaced (with what is tied to it).
-        statistics: what prices a change of it.
+        source: what prices a change of it, or a function that fetches it.
         group: "embedding" or "blocks": damage predictions are rescaled to measurements group by group.
     """
 
     map: Map
-    statistics: Statistics
+    source: Statistics | Callable[[], Statistics]
     group: str
+
+    @property
+    def statistics(self) -> Statistics:
+        """What prices a change of it; fetched anew each time where ``source`` is a function."""
+        return self.source if isinstance(self.source, Statistics) else self.source()
 
     @property
     def name(self) -> str:
@@ -63,7 +69,8 @@ def slots_of(anatomy_: Anatomy, statistics: Mapping[str, Statistics]) -> tuple[S
                 Slot(layer, tied(statistics[anatomy_.embedding.name], statistics[anatomy_.head.name]), "embedding")
             )
         elif layer.name in statistics:
-            found.append(Slot(layer, statistics[layer.name], "embedding" if layer.name in ends else "blocks"))
+            fetch = partial(statistics.__getitem__, layer.name)
+            found.append(Slot(layer, fetch, "embedding" if layer.name in ends else "blocks"))
     return tuple(found)
 
 

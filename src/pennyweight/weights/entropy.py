@@ -2,8 +2,8 @@
 
 ``W[i, j] = step * row_scale[i] * column_scale[j] * code[i, j]`` with unbounded integer codes. On disk the codes are one
 range-coded stream (`pennyweight.weights.rans`); each position's probability table is chosen by two stored bytes, the
-spread of its row and of its column, so that a quiet column costs few bits. In memory the codes are one byte each (two
-where a code needs it). Scales are kept as one byte, a sixteenth of an octave a step; floating-point scales take their
+spread of its row and of its column, so that a quiet column costs few bits. In memory the codes are one byte each, the
+few beyond a byte kept apart. Scales are kept as one byte, a sixteenth of an octave a step; floating-point scales take their
 place when they are trained.
 
 Source: the coder is that of `rans`; that a uniform grid with entropy-coded indices comes within 0.25 bit of the
@@ -96,6 +96,7 @@ class EntropyCoded(Weight):
         lowest: the code of symbol 0.
         edges: K - 1 ascending joint spreads at which the next context begins.
         transposed: stands for the transposed matrix (N, M).
+        codes: (M, N) integers, where they are known without decoding.
 
     Raises:
         FormError: the stream does not fit its tables (a damaged file).
@@ -113,7 +114,9 @@ class EntropyCoded(Weight):
     column_scale: Tensor
     row_spread: Tensor
     column_spread: Tensor
-    codes: Tensor
+    near: Tensor
+    far: Tensor
+    beyond: Tensor
 
     def __init__(
         self,
@@ -147,7 +150,10 @@ class EntropyCoded(Weight):
                 self.register_parameter(name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        self.register_buffer("codes", self._decode() if codes is None else codes, persistent=False)
+        near, at, beyond = _near_and_far(self._decode() if codes is None else codes)
+        self.register_buffer("near", near, persistent=False)  # (M, N)
+        self.register_buffer("far", at, persistent=False)  # (F, 2) row and column of codes that ``near`` saturates
+        self.register_buffer("beyond", beyond, persistent=False)  # (F,) what it lacks there
 
     @classmethod
     def encode(
@@ -181,7 +187,6 @@ class EntropyCoded(Weight):
         tables = rans.tables_of(symbols, where, int(highest - lowest + 2), len(edges) + 1)
         coded = rans.encode(symbols, where, tables)
         lanes = np.stack([coded.states, coded.lengths], 1).astype("<u4").view(np.uint8)
-        kept = small.to(torch.int8) if int(small.min()) >= -128 and int(small.max()) < 128 else small
         return cls(
             torch.from_numpy(coded.words.astype("<u2").view(np.uint8)),
             torch.from_numpy(lanes),
@@ -194,7 +199,7 @@ class EntropyCoded(Weight):
             step=step,
             lowest=lowest,
             edges=edges,
-            codes=kept,
+            codes=small,
         )
 
     def _decode(self) -> Tensor:
@@ -215,9 +220,16 @@ class EntropyCoded(Weight):
         if int(outside.sum()) != self.escapes.numel():
             raise FormError("EntropyCoded: escapes do not fit the stream; the file is damaged")
         codes[outside] = self.escapes.cpu().numpy()
-        whole = torch.from_numpy(codes.reshape(self.row_spread.numel(), self.column_spread.numel()))
-        low, high = int(whole.min()), int(whole.max())
-        return whole.to(torch.int8 if low >= -128 and high < 128 else torch.int16 if high < 1 << 15 else torch.int32)
+        return torch.from_numpy(codes.reshape(self.row_spread.numel(), self.column_spread.numel()))
+
+    @property
+    def codes(self) -> Tensor:
+        """(M, N) integer codes, int8 where all of them fit."""
+        if not len(self.far):
+            return self.near
+        whole = self.near.to(torch.int32)
+        whole[self.far[:, 0], self.far[:, 1]] += self.beyond
+        return whole
 
     def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"step": self.step, "lowest": self.lowest, "edges": self.edges}
@@ -231,7 +243,10 @@ class EntropyCoded(Weight):
 
     def dense(self) -> Tensor:
         """(M, N) float32."""
-        matrix = self._matrix(self.codes, self._scales()[0])
+        codes = self.near.float()
+        if len(self.far):
+            codes[self.far[:, 0], self.far[:, 1]] += self.beyond
+        matrix = self._matrix(codes, self._scales()[0])
         return matrix.T if self.transposed else matrix
 
     @property
@@ -239,17 +254,30 @@ class EntropyCoded(Weight):
         return torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        outer, inner = self._scales()
-        codes = self.codes.to(x.dtype)
+        outer, inner = (scale.to(x.dtype) for scale in self._scales())
+        rows, columns = self.far.unbind(1)
+        beyond = self.beyond.to(x.dtype)
         if self.transposed:
-            return ((x * outer.to(x.dtype)) @ codes) * inner.to(x.dtype)
-        return ((x * inner.to(x.dtype)) @ codes.T) * outer.to(x.dtype)
+            x = x * outer
+            y = x @ self.near.to(x.dtype)
+            if len(beyond):
+                y = y.index_add(-1, columns, x[..., rows] * beyond)
+            return y * inner
+        x = x * inner
+        y = x @ self.near.to(x.dtype).T
+        if len(beyond):
+            y = y.index_add(-1, rows, x[..., columns] * beyond)
+        return y * outer
 
     def rows(self, index: Tensor) -> Tensor:
         if self.transposed:
             return self.dense()[index]
         flat = index.flatten()
-        return self._matrix(self.codes[flat], self._scales()[0][flat]).view(*index.shape, self.shape[1])
+        codes = self.near[flat].float()
+        if len(self.far):
+            looked_up, far = (flat[:, None] == self.far[None, :, 0]).nonzero(as_tuple=True)
+            codes[looked_up, self.far[far, 1]] += self.beyond[far]
+        return self._matrix(codes, self._scales()[0][flat]).view(*index.shape, self.shape[1])
 
     @property
     def T(self) -> EntropyCoded:
@@ -266,6 +294,16 @@ class EntropyCoded(Weight):
     def cost(self) -> Cost:
         m, n = self.shape
         return Cost(params=m * n + m + n, bytes=stored_bytes(self), flops=2 * m * n + m + n)
+
+
+def _near_and_far(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (M, N) as one byte each, saturated, and where (F, 2) and by how much (F,) that falls short."""
+    if codes.dtype == torch.int8 or codes.device.type == "meta":
+        return codes.to(torch.int8), codes.new_empty(0, 2, dtype=torch.int64), codes.new_empty(0, dtype=torch.int32)
+    near = codes.clamp(-128, 127)
+    at = (near != codes).nonzero()
+    beyond = (codes[at[:, 0], at[:, 1]] - near[at[:, 0], at[:, 1]]).to(torch.int32)
+    return near.to(torch.int8), at, beyond
 
 
 def _alphabet(codes: np.ndarray[Any, Any]) -> tuple[int, int]:
