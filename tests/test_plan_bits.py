@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pennyweight import plan
 from pennyweight.errors import BudgetError, DataError, OptionError
 from pennyweight.plan.allocation import SEARCHES, Layers, average, best_of, bits, pareto, ranking, width_offer
-from pennyweight.plan.decoupled import decoupled, group_bits, shares
+from pennyweight.plan.decoupled import group_bits, metric_decoupled, shares
 
 WIDTHS = (8, 4, 2)
 
@@ -214,11 +214,11 @@ def test_shares_between_two_groups_keep_the_mean_and_the_best_measured_is_taken(
     assert len(every) > 3
     assert all(one.cost["bits"] <= average(4.0, counts) for _, _, one in every)
     # measured by something the scores know nothing of: layer 0 must be wide
-    best, tried = decoupled(layers, counts, 4.0, lambda pick: pick["layer 0"] + 1e-3 * sum(pick.values()))
+    best, tried = metric_decoupled(layers, counts, 4.0, lambda pick: pick["layer 0"] + 1e-3 * sum(pick.values()))
     assert len(tried) == len(every)
     assert best.figure == min(one.figure for one in tried)
     with pytest.raises(BudgetError, match="no share"):
-        decoupled(layers, counts, 1.0, lambda pick: 0.0)
+        metric_decoupled(layers, counts, 1.0, lambda pick: 0.0)
 
 
 def test_costs_of_a_width():

@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pennyweight.plan.allocation import Allocation, Layers, bits
+    from pennyweight.plan.allocation import Allocation, Layers, bits, pareto
     from pennyweight.plan.augmentation_arms import Augmentation, augmentation
     from pennyweight.plan.cem import Choice, Search, Span, cross_entropy
+    from pennyweight.plan.decoupled import metric_decoupled
     from pennyweight.plan.inference_budget import Stage, test_time
     from pennyweight.plan.memory_bits import bits_for_memory
     from pennyweight.plan.pretraining import TrainingPlan, training
@@ -26,6 +27,8 @@ _WHERE = {
     "bits": "allocation",
     "bits_for_memory": "memory_bits",
     "cross_entropy": "cem",
+    "metric_decoupled": "decoupled",
+    "pareto": "allocation",
     "test_time": "inference_budget",
     "training": "pretraining",
 }
@@ -43,6 +46,8 @@ __all__ = [
     "bits",
     "bits_for_memory",
     "cross_entropy",
+    "metric_decoupled",
+    "pareto",
     "plan",
     "test_time",
     "training",

@@ -5,7 +5,8 @@ Mixed Precision Quantization", arXiv:2405.17873, and its code (thu-nics/MixDQ): 
 looks are hurt by different layers, and the two are never added. With r the weights of the first group over those of
 the second and k how many times wider the first is to be, a mean of B bits gives the second ``B (1 + r) / (k r + 1)``
 bits and the first k times as many. Differs from the source: budgets are ceilings in exact bits, without the band of
-0.02 below; any two groups, any two metrics.
+0.02 below; any two groups, any two metrics. Scores have to add up: the paper's signal to noise in decibels does not
+(one layer at 60 decibels would make up for one at 0), noise over signal does.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def shares(
                 yield ratio, part * target, found
 
 
-def decoupled(
+def metric_decoupled(
     layers: Layers, counts: Mapping[str, int], target: float, measure: Callable[[Mapping[str, int]], float], *,
     ratios: Sequence[float] = RATIOS, targets: Sequence[float] = TARGETS, protect: float = 0.0, resource: str = "bits",
 ) -> tuple[Candidate, tuple[Candidate, ...]]:  # fmt: skip

@@ -110,6 +110,15 @@ class Widths:
 
         return measured
 
+    def alone(self, figure: Callable[[], float]) -> NDArray[np.float64]:
+        """(F,) ``figure`` with each offer standing alone: any metric of the model as it then is."""
+        found = []
+        for one in self.maps:
+            for index in range(len(self.weights[one.name])):
+                with self.standing({one.name: index}):
+                    found.append(float(figure()))
+        return np.array(found)
+
     def layers(self, scores: NDArray[np.float64], pairs: NDArray[np.float64] | None = None) -> Layers:
         """Offers with exact costs ("bytes", "bits", "params", "flops") and their scores (F,); pairs (F, F)."""
         offers: dict[str, list[Offer]] = {}
