@@ -105,8 +105,8 @@ def _scale(matrix: Tensor) -> Tensor:
     flat = flat[: flat.numel() // SIZE * SIZE].view(-1, SIZE)
     vectors = flat[:: max(1, len(flat) // _SAMPLE)]
     spread = vectors.square().mean().sqrt()
-    if not bool(spread > 0):
-        return torch.ones(1)
+    if not bool(spread > 0):  # no point is zero: make all of them nothing
+        return torch.full((1,), torch.finfo(torch.float32).tiny)
 
     def loss(unit: Tensor) -> float:
         x = vectors / unit

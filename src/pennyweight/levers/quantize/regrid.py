@@ -3,8 +3,8 @@
 Many float checkpoints are 4- or 8-bit files that somebody expanded (GGUF to safetensors, GPTQ merged back). Their
 values still lie on the old grid: stored as codes they take a fraction of the bytes and not one bit of the model
 changes. Known are grids of steps alone (Q4_0, Q8_0, symmetric GPTQ), of steps and whole zeros (GPTQ, AWQ), of steps and
-minima that occur (Q4_1, Q5_1), and bitsandbytes' NF4. Without a paper of its own. What is returned was compared with
-the matrix value by value.
+minima (Q4_1, Q5_1; the minimum must occur in each group, as the checkpoint holds it), and bitsandbytes' NF4. Without a
+paper of its own. What is returned was compared with the matrix value by value.
 
 Shape letters: M out features, N in features, P groups, S features of a group.
 """
@@ -29,7 +29,7 @@ from pennyweight.weights.packing import pack
 
 _GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 _ROWS, _FEW = 8, 6  # rows, and groups of them, looked at before the whole matrix is
-_NEIGHBORS = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # of a step, in units of its last place
+_CHUNK = 1 << 15  # groups looked at at a time
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,35 @@ class _Steps:
         return bool((self.count > 0).all())
 
 
+def _tried(
+    x: Tensor, origin: Tensor, numbers: Tensor, target: torch.dtype, dtype: torch.dtype, *, minima: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups ``x`` (P, S) with their largest value at each of ``numbers`` (K,) of steps from ``origin`` (P,).
+
+    Returns:
+        steps (P, K) in ``dtype``, codes (P, K, S), and (P, K) whether they give ``x`` back.
+    """
+    away = (x.double() - origin.double()[:, None])[:, None]  # (P, 1, S)
+    level = (away / (away.abs().amax(2) / numbers)[..., None]).round()
+    # every value and product was rounded, which leaves the step an interval: take the middle of what all of them leave
+    rounded = torch.finfo(target).eps * x.double().abs()[:, None] + torch.finfo(torch.float32).eps * away.abs()
+    step, slack = away / level, rounded / 2 / level.abs()
+    low = torch.where(level != 0, step - slack, -torch.inf).amax(2)
+    high = torch.where(level != 0, step + slack, torch.inf).amin(2)
+    middle, wide, levels = ((low + high) / 2).to(dtype), origin[:, None, None], level.float()
+    found, fits = middle, torch.zeros(middle.shape, dtype=torch.bool)
+    for toward in (0.0, torch.inf, -torch.inf):
+        candidate = middle if toward == 0 else torch.nextafter(middle, torch.full_like(middle, toward))
+        scale = candidate.float()[..., None]
+        # as the formats compute: step times code, plus the minimum, in single precision
+        back = torch.addcmul(wide, levels, scale) if minima else levels * scale
+        right = (back.to(target).float() == x[:, None]).all(2) & (candidate > 0) & (levels.abs().amax(2) <= 255)
+        found, fits = torch.where(right & ~fits, candidate, found), fits | right
+    return found, levels, fits
+
+
 def _steps(x: Tensor, target: torch.dtype, dtype: torch.dtype, *, minima: bool, tried: list[int]) -> _Steps:
-    """The coarsest grid of each group of ``x`` (P, S), float32 values as a checkpoint of ``target`` holds them.
+    """The first grid that holds each group of ``x`` (P, S), float32 values as a checkpoint of ``target`` holds them.
 
     Args:
         x: (P, S).
@@ -65,52 +92,29 @@ def _steps(x: Tensor, target: torch.dtype, dtype: torch.dtype, *, minima: bool, 
     """
     low = x.amin(1).to(dtype)
     origin = low.float() if minima else torch.zeros(len(x))
-    away = x - origin[:, None]
-    reach = away.double().abs().amax(1)
     step, count = torch.ones(len(x), dtype=dtype), torch.zeros(len(x), dtype=torch.int64)
     codes = torch.zeros(x.shape, dtype=torch.int16)
-    # groups of one value are that value (or zero) with code 0, or one step
+    # groups of one value are that value (or zero) with code 0
     plain = (x == origin[:, None]).all(1)
     count[plain] = 1
-    left = (~plain).nonzero()[:, 0]
-    offsets = _NEIGHBORS if target != torch.float32 else _NEIGHBORS[:3]
-    for number in tried:
-        if not len(left):
-            break
-        base = (reach[left] / number).to(dtype)
-        for offset in offsets:
-            candidate = _moved(base, offset)
-            wide = candidate.float()
-            level = (away[left] / wide[:, None]).round()
-            # as the formats compute: step times code, plus the minimum, in single precision
-            back = torch.addcmul(origin[left][:, None], level, wide[:, None]) if minima else level * wide[:, None]
-            fits = (back.to(target).float() == x[left]).all(1) & (level.abs().amax(1) <= 255) & (wide > 0)
-            chosen = left[fits]
-            step[chosen], codes[chosen], count[chosen] = candidate[fits], level[fits].to(torch.int16), number
-            left, base = left[~fits], base[~fits]
+    for part in torch.split((~plain).nonzero()[:, 0], _CHUNK):
+        left = part
+        for number in tried:
             if not len(left):
                 break
-    return _Steps(step, origin.to(dtype) if minima else None, codes, count)
+            made, level, fits = _tried(x[left], origin[left], torch.tensor([number]), target, dtype, minima=minima)
+            chosen = left[fits[:, 0]]
+            step[chosen], count[chosen] = made[fits[:, 0], 0], number
+            codes[chosen] = level[fits[:, 0], 0].to(torch.int16)
+            left = left[~fits[:, 0]]
+    return _Steps(step, low if minima else None, codes, count)
 
 
 def _plausible(x: Tensor, target: torch.dtype, dtype: torch.dtype, *, minima: bool, most: int) -> bool:
-    """Whether each of a few groups (P, S) lies on some grid: `_steps` for every number of steps at once."""
-    origin = x.amin(1).to(dtype).float()[:, None] if minima else x.new_zeros(len(x), 1)
-    away = x - origin  # (P, S)
-    base = (away.double().abs().amax(1)[:, None] / torch.arange(1, most + 1)).to(dtype)  # (P, K)
-    offsets = _NEIGHBORS if target != torch.float32 else _NEIGHBORS[:3]
-    wide = torch.cat([_moved(base, offset) for offset in offsets], 1).float()[..., None]  # (P, K', 1)
-    level = (away[:, None] / wide).round()
-    back = torch.addcmul(origin[:, None], level, wide) if minima else level * wide
-    fits = (back.to(target).float() == x[:, None]).all(2) & (level.abs().amax(2) <= 255) & (wide[..., 0] > 0)
-    return bool((fits.any(1) | (away == 0).all(1)).all())
-
-
-def _moved(base: Tensor, places: int) -> Tensor:
-    toward = torch.full_like(base, torch.inf if places > 0 else -torch.inf)
-    for _ in range(abs(places)):
-        base = torch.nextafter(base, toward)
-    return base
+    """Whether each of a few groups (P, S) lies on some grid."""
+    origin = x.amin(1).to(dtype).float() if minima else torch.zeros(len(x))
+    *_, fits = _tried(x, origin, torch.arange(1, most + 1), target, dtype, minima=minima)
+    return bool((fits.any(1) | (x == origin[:, None]).all(1)).all())
 
 
 def _grid(found: _Steps, rows: int, group_size: int | None, limit: int) -> tuple[Tensor, Grid] | None:
@@ -190,7 +194,8 @@ class Regrid:
         for size, minima in product(sizes, (False, True)):
             groups = some.reshape(-1, size)
             few = groups[torch.linspace(0, len(groups) - 1, min(_FEW, len(groups))).long()]
-            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            # beside 32-bit steps, whose products are rounded on the way, no format known stores minima
+            for dtype in (torch.float16, torch.bfloat16) if minima else (torch.float16, torch.bfloat16, torch.float32):
                 if not _plausible(few, target, dtype, minima=minima, most=most):
                     continue
                 found = _steps(groups, target, dtype, minima=minima, tried=list(range(1, most + 1)))
