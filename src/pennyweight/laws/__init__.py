@@ -5,6 +5,7 @@
 """
 
 from pennyweight.laws import (
+    bench,
     cod,
     curves,
     datastore,
@@ -18,12 +19,14 @@ from pennyweight.laws import (
     lr,
     minicpm,
     optimal,
+    published,
     qat,
     slopes,
     synthetic,
     trajectory,
     vocab,
 )
+from pennyweight.laws.bit_level import fit_bit_level
 from pennyweight.laws.catalog import Card, predict_receipt, registry, show
 from pennyweight.laws.fitter import fit, fit_csv
 from pennyweight.laws.henighan import entropy_estimate, nopt, size_for_kl
@@ -34,6 +37,7 @@ from pennyweight.laws.minicpm import batch_by_loss, fit_from_wsd
 from pennyweight.laws.qat import fit_qat, qat_fraction
 from pennyweight.laws.slopes import compare_slopes
 from pennyweight.laws.synthetic import tokens_to_plateau
+from pennyweight.measure.kernel_theory import width_is_free
 
 __all__ = [
     "Card",
@@ -42,6 +46,8 @@ __all__ = [
     "Prediction",
     "asymptote",
     "batch_by_loss",
+    "bit_level",
+    "bench",
     "cod",
     "compare_slopes",
     "curves",
@@ -52,6 +58,7 @@ __all__ = [
     "discontinuity",
     "entropy_estimate",
     "fit",
+    "fit_bit_level",
     "fit_csv",
     "fit_from_wsd",
     "fit_qat",
@@ -66,6 +73,7 @@ __all__ = [
     "nopt",
     "optimal",
     "predict_receipt",
+    "published",
     "qat",
     "qat_fraction",
     "registry",
@@ -76,4 +84,5 @@ __all__ = [
     "tokens_to_plateau",
     "trajectory",
     "vocab",
+    "width_is_free",
 ]

@@ -33,6 +33,9 @@ from pennyweight.laws.forms import (
 from pennyweight.laws.law import Law
 
 _CONSTANT = 6.7297
+#: Bits over which a weight's worth saturates: T. Kumar et al., "Scaling Laws for Precision", arXiv:2411.04330 (from
+#: memory of its table of constants; fit your own).
+GAMMA_BITS = 2.6745
 _BITS = Variable("bits", "bits a quantized parameter", grows=False)
 _S_QAT = Variable("S_qat", "quantization-aware tokens a parameter byte")
 _S_FP = Variable("S_fp", "full-precision tokens a parameter byte")
@@ -100,6 +103,13 @@ def qat_fraction(N: float, D: float, bits: float) -> float:
     """
     s = tokens_per_byte(N, D, bits)
     return math.exp(-_CONSTANT / math.log(s)) if s > 1 else 0.0
+
+
+def effective_params(N: float, bits: float, gamma: float = GAMMA_BITS) -> float:
+    """What ``N`` weights trained at ``bits`` are worth: N (1 - exp(-bits/gamma)); 16 bits and more count whole."""
+    if not (N > 0 and bits > 0 and gamma > 0):
+        raise OptionError(f"effective_params: N = {N!r}, bits = {bits!r}, gamma = {gamma!r}; give positive numbers")
+    return N if bits >= 16 else N * -math.expm1(-bits / gamma)
 
 
 class Split(NamedTuple):

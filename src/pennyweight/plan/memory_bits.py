@@ -1,7 +1,8 @@
 """Which width to train for under a memory budget.
 
-Row 55; see `pennyweight.laws.qat`. The paper gives the form of the law and no coefficients, so the answer needs a law
-fitted to one's own runs.
+Row 55; see `pennyweight.laws.qat`. The paper gives the form of the law and no coefficients: a law fitted to one's own
+runs answers best. Without one, the refitted Chinchilla law decides with b-bit weights counted as N (1 - exp(-b/gamma))
+parameters (`laws.qat.effective_params`), and the share is the paper's closed formula.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pennyweight.errors import BudgetError
-from pennyweight.laws.qat import QATLaw
+from pennyweight.laws import published
+from pennyweight.laws.qat import QATLaw, effective_params, qat_fraction
 
 
 class BitsChoice(NamedTuple):
@@ -29,14 +31,14 @@ class BitsChoice(NamedTuple):
 
 
 def bits_for_memory(
-    stored_bytes: float, tokens: float, *, law: QATLaw, widths: tuple[float, ...] = (1, 2, 3, 4, 6, 8)
+    stored_bytes: float, tokens: float, *, law: QATLaw | None = None, widths: tuple[float, ...] = (1, 2, 3, 4, 6, 8)
 ) -> BitsChoice:
     """The width of least predicted loss whose parameters fit ``stored_bytes`` when trained on ``tokens``.
 
     Args:
         stored_bytes: of the quantized parameters.
         tokens: of both phases together.
-        law: of `pennyweight.laws.fit_qat`.
+        law: of `pennyweight.laws.fit_qat`; None for the published laws above.
         widths: to choose from.
 
     Raises:
@@ -44,5 +46,14 @@ def bits_for_memory(
     """
     if not widths:
         raise BudgetError("bits_for_memory: no widths to choose from")
+    if law is None:
+        if not (stored_bytes > 0 and tokens > 0):
+            raise BudgetError(f"bits_for_memory: {stored_bytes!r} bytes, {tokens!r} tokens; give positive numbers")
+        base, found = published.refit(), []
+        for width in widths:
+            size = stored_bytes * 8 / width
+            loss = float(base(N=effective_params(size, width), D=tokens))
+            found.append(BitsChoice(float(width), size, qat_fraction(size, tokens, width), loss))
+        return min(found, key=lambda choice: choice.loss)
     bits, params, split = law.bits_for_memory(stored_bytes, tokens, widths)
     return BitsChoice(bits, params, split.fraction, split.loss)

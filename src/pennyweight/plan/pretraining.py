@@ -28,7 +28,7 @@ from pennyweight.errors import BudgetError, OptionError
 from pennyweight.laws import flops as accounting
 from pennyweight.laws import hparams, lr, optimal, published, trajectory, vocab
 from pennyweight.laws.law import Law, Range
-from pennyweight.laws.qat import qat_fraction
+from pennyweight.laws.qat import GAMMA_BITS, effective_params, qat_fraction
 from pennyweight.units import Quantity
 
 #: Dense 16-bit FLOP/s of one device, from its data sheet.
@@ -38,7 +38,6 @@ DEVICES = {
 }  # fmt: skip
 WIDTHS = (16.0, 8.0, 6.0, 4.0, 3.0, 2.0)
 SPARSITIES = (0.5, 0.75)
-GAMMA_BITS = 2.6745
 #: Options this close in predicted loss count as equal, and the one that is cheaper to serve wins.
 SAME_LOSS = 0.01
 
@@ -381,10 +380,6 @@ class _Maker:
     price: float | None
     warnings: list[str] = field(default_factory=list)
 
-    def counted(self, params: float, bits: float) -> float:
-        """What b-bit weights are worth in parameters; 16 bits count whole."""
-        return params if bits >= 16 else params * -math.expm1(-bits / self.gamma)
-
     def __call__(
         self, name: str, params: float, tokens: float, *, bits: float = 16.0, sparsity: float = 0.0, why: str = ""
     ) -> Alternative:
@@ -392,7 +387,7 @@ class _Maker:
         start = params / (1 - 0.625 * sparsity)
         stored_params = start * (1 - sparsity)
         worth = published.effective_tokens(tokens, self.unique) if self.unique is not None else tokens
-        found = self.law.predict(N=self.counted(params, bits), D=worth)
+        found = self.law.predict(N=effective_params(params, bits, self.gamma), D=worth)
         train = accounting.training(params, tokens)
         serve = accounting.INFERENCE * stored_params
         stored = (stored_params * bits + (start if sparsity else 0.0)) / 8  # zeros cost a bit each to be told apart

@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pennyweight.train import optim, schedules
+    from pennyweight.train.constrained import data_constrained
     from pennyweight.train.distributed import processes
     from pennyweight.train.loop import Trainer, next_token_loss
     from pennyweight.train.optim import effective_step
+    from pennyweight.train.quantized import qat
     from pennyweight.train.samples import Samples, byte_windows, two_stage
 
 _WHERE = {
     "Samples": "samples",
     "Trainer": "loop",
     "byte_windows": "samples",
+    "data_constrained": "constrained",
     "effective_step": "optim",
     "next_token_loss": "loop",
     "processes": "distributed",
+    "qat": "quantized",
     "two_stage": "samples",
 }
 _MODULES = ("optim", "schedules")
@@ -27,10 +31,12 @@ __all__ = [
     "Samples",
     "Trainer",
     "byte_windows",
+    "data_constrained",
     "effective_step",
     "next_token_loss",
     "optim",
     "processes",
+    "qat",
     "schedules",
     "two_stage",
 ]
