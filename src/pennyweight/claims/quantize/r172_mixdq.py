@@ -139,7 +139,7 @@ def two_metrics_plan_better_than_one_width(assets: Assets) -> Outcome:
         baseline=found[4]["uniform"][0],
         unit="1 - SSIM to the original's digits at a mean of 4 bits a weight",
         holds=better and spoiled,
-        control=("planned by SSIM alone, which is as good here", found[4]["content only"][0]),
+        control=("all layers planned by SSIM alone", found[4]["content only"][0]),
         notes=f"1 - SSIM/Frechet distance at {notes}",
     )
 
