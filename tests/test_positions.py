@@ -26,8 +26,9 @@ def test_the_harmonic_bias_is_the_digamma_function():
 
 
 def test_the_linear_bias_is_alibi():
-    slope = slopes(8)
+    slope = slopes(8, "geometric")
     torch.testing.assert_close(slope, torch.tensor([0.5**power for power in range(1, 9)]))
+    torch.testing.assert_close(slopes(4), torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]))
     bias = distance_bias(4, slope, "linear")
     for head, m in enumerate(slope.tolist()):
         for query in range(4):
@@ -59,7 +60,7 @@ def test_attention_is_that_of_the_rotary_logits_times_the_decay(distance):
     grown = {"linear": [0.0, 1, 2, 3, 4, 5, 6], "harmonic": [0, 1, 3 / 2, 11 / 6, 25 / 12, 137 / 60, 49 / 20]}[distance]
     for head in range(4):
         for query in range(7):
-            decay = torch.tensor([np.exp(-(0.25 ** (head + 1)) * grown[query - key]) for key in range(query + 1)])
+            decay = torch.tensor([np.exp(-grown[query - key] / (head + 1)) for key in range(query + 1)])
             weight = logits[:, head, query, : query + 1].exp() * decay  # the factors
             expected = (weight / weight.sum(-1, keepdim=True))[:, None] @ v[:, head, : query + 1]
             torch.testing.assert_close(found[:, head, query], expected[:, 0], rtol=1e-6, atol=1e-7)
@@ -104,5 +105,7 @@ def test_what_does_not_fit_is_refused():
         rope_alibi(q, k, v, slope=torch.ones(3))
     with pytest.raises(ShapeError, match="the same B, H and T"):
         rope_alibi(q, k[:, :2], v)
+    with pytest.raises(OptionError, match="series 'far'; give at least 1, and harmonic or geometric"):
+        slopes(4, "far")
     with pytest.raises(OptionError, match="distance 'far'"):
         GPTConfig(distance="far")

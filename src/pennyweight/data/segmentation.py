@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Pieces:
                 f"pieces: {said} in the vocabulary; give texts of a character or more, each with a log <= 0"
             )
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Characters of the longest piece."""
         return max(map(len, self.logs))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pennyweight.errors import DataError, OptionError
-from pennyweight.zoo.positions import DISTANCES, Distance, angles, distance_bias, rotated, slopes
+from pennyweight.zoo.positions import DISTANCES, Distance, Series, angles, distance_bias, rotated, slopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class GPTConfig:
         tied: whether head and embedding are one matrix.
         dropout: on what each half of a block adds.
         distance: how attention decays with distance besides, see `pennyweight.zoo.positions`.
+        slopes: how fast it does in each head.
     """
 
     width: int = 128
@@ -43,6 +44,7 @@ class GPTConfig:
     tied: bool = True
     dropout: float = 0.0
     distance: Distance = "none"
+    slopes: Series = "harmonic"
 
     def __post_init__(self) -> None:
         sizes = (self.width, self.depth, self.num_heads, self.vocabulary, self.expansion, self.context)
@@ -130,7 +132,7 @@ class _Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.num_heads, self.distance = config.num_heads, config.distance
-        self.register_buffer("slope", slopes(config.num_heads), persistent=False)
+        self.register_buffer("slope", slopes(config.num_heads, config.slopes), persistent=False)
         self.q_proj = nn.Linear(config.width, config.width, bias=False)
         self.k_proj = nn.Linear(config.width, config.width, bias=False)
         self.v_proj = nn.Linear(config.width, config.width, bias=False)

@@ -2,9 +2,10 @@
 
 Row 122. Source: F. Li, "The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in Generative
 AI", arXiv:2410.18441: rotary positions (J. Su et al., arXiv:2104.09864) factored with linear biases (ALiBi: O. Press et
-al., arXiv:2108.12409) whose steps follow the harmonic series. Differs from the source: only its abstract is public, so
-the series is read as this: the bias at distance n is the sum of 1/k for k up to n. A head of slope m then weighs a key
-at distance n by exp(-m H_n), close to n^-m: a power law, where ALiBi's is exponential.
+al., arXiv:2108.12409) and a harmonic series. Differs from the source: only its abstract is public, so the series is
+read as that of the slopes, 1, 1/2, 1/3 ..., where ALiBi's are geometric: a head of slope m weighs a key at distance n
+by exp(-m n) besides what the turn says. The other reading is there too (``distance="harmonic"``): biases that grow as
+1 + 1/2 + ... + 1/n, a decay close to n^-m.
 
 Shape letters: B sequences, H heads, T positions, D head dimension (even).
 """
@@ -22,6 +23,8 @@ from pennyweight.errors import OptionError, ShapeError
 #: How a bias grows with distance.
 Distance = Literal["none", "linear", "harmonic"]
 DISTANCES = ("none", "linear", "harmonic")
+#: How slopes fall from head to head.
+Series = Literal["harmonic", "geometric"]
 
 
 def angles(length: int, head_dim: int, *, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -44,20 +47,27 @@ def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 
-def slopes(num_heads: int) -> Tensor:
-    """ALiBi's slopes (H,): a geometric series from 2^(-8/H) to 2^-8, for any number of heads."""
-    if num_heads < 1:
-        raise OptionError(f"positions: {num_heads} heads; give at least 1")
-    return torch.exp2(-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+def slopes(num_heads: int, series: Series = "harmonic") -> Tensor:
+    """The slope of every head (H,): "harmonic" is 1, 1/2, ... 1/H; "geometric" is ALiBi's, from 2^(-8/H) to 2^-8.
+
+    Raises:
+        OptionError: no heads, or another series.
+    """
+    if num_heads < 1 or series not in ("harmonic", "geometric"):
+        raise OptionError(
+            f"positions: {num_heads} heads, series {series!r}; give at least 1, and harmonic or geometric"
+        )
+    head = torch.arange(1, num_heads + 1)
+    return 1.0 / head if series == "harmonic" else torch.exp2(-8.0 * head / num_heads)
 
 
-def distance_bias(length: int, slope: Tensor, distance: Distance = "harmonic") -> Tensor:
+def distance_bias(length: int, slope: Tensor, distance: Distance = "linear") -> Tensor:
     """What attention logits are lowered by, as a mask to add: (H, T, T), -infinity for keys to come.
 
     Args:
         length: T.
         slope: (H,), at least 0.
-        distance: "linear" is ALiBi, n; "harmonic" 1 + 1/2 + ... + 1/n; "none" 0.
+        distance: what grows with the distance n: "linear" n itself, "harmonic" 1 + 1/2 + ... + 1/n; "none" 0.
 
     Raises:
         OptionError: another kind of distance, or negative slopes.
@@ -83,7 +93,7 @@ def rope_alibi(
     value: Tensor,
     *,
     slope: Tensor | None = None,
-    distance: Distance = "harmonic",
+    distance: Distance = "linear",
     base: float = 10_000.0,
 ) -> Tensor:
     """Causal attention with both: softmax(rotated q . rotated k / sqrt(D) - slope * distance) @ value.
@@ -92,7 +102,7 @@ def rope_alibi(
         query: (B, H, T, D).
         key: likewise.
         value: likewise, of any last dimension.
-        slope: (H,); None for ALiBi's.
+        slope: (H,); None for the harmonic series.
         distance: see `distance_bias`.
         base: see `angles`.
 
