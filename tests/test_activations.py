@@ -287,7 +287,7 @@ def test_damaged_and_dense_files_are_refused(tmp_path):
     (tmp_path / "out" / "weights.json").write_text(
         json.dumps({**text, "activations": [{**text["activations"][0], "layers": ["elsewhere"]}]})
     )
-    with pytest.raises(ModelError, match="activations of a layer that is not there"):
+    with pytest.raises(ModelError, match="activations or products of a layer that is not there"):
         load(tmp_path / "out")
 
 

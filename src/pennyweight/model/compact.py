@@ -18,9 +18,21 @@ from torch import Tensor, nn
 
 from pennyweight.errors import ModelError, PennyweightError, ShapeError
 from pennyweight.model import anatomy
+from pennyweight.model.anatomy import Map
 from pennyweight.model.checkpoint import Checkpoint
 from pennyweight.model.experts import SplitExperts, split_experts
-from pennyweight.weights import Activation, Weight, rebuild, structure
+from pennyweight.model.products import attention_arithmetic, use_in_attention
+from pennyweight.weights import (
+    Activation,
+    CompactConv1d,
+    CompactConv2d,
+    CompactLinear,
+    Dense,
+    Weight,
+    rebuild,
+    structure,
+)
+from pennyweight.weights.l_mul import LMul
 
 WEIGHTS = "weights.json"
 VERSION = 1
@@ -36,6 +48,8 @@ class Layout:
         shared: further names of tensors that are stored once, outside of tied layers.
         split: paths of stacked experts that were taken apart (`experts.split_experts`).
         activations: by module path, the settings of what rounds a layer's input.
+        products: by module path, the settings of how a layer multiplies.
+        attention: the same of all attention; None as the model has it.
     """
 
     structures: Mapping[str, Mapping[str, Any]]
@@ -43,11 +57,18 @@ class Layout:
     shared: Mapping[str, str]
     split: tuple[str, ...]
     activations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    products: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    attention: Mapping[str, Any] | None = None
 
     @property
     def paths(self) -> list[str]:
         """Paths of all compact layers."""
         return [*self.structures, *self.tied]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model that its class makes needs nothing but tensors."""
+        return not (self.paths or self.split or self.attention)
 
 
 def compact_layers(module: nn.Module) -> dict[str, Weight]:
@@ -68,6 +89,25 @@ def activations(module: nn.Module) -> dict[str, Activation]:
     }
 
 
+def products(module: nn.Module) -> dict[str, LMul]:
+    """How compact layers multiply that do so in a way of their own, by the path of the layer, in order."""
+    return {
+        path: found
+        for path, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(found := getattr(layer, "product", None), LMul)
+    }
+
+
+def compact_layer(module: nn.Module, found: Map) -> CompactLinear | CompactConv1d | CompactConv2d:
+    """The compact layer of the linear map or convolution ``found``; a plain one is made one that holds its matrix."""
+    layer = module.get_submodule(found.path)
+    if not isinstance(layer, (CompactLinear, CompactConv1d, CompactConv2d)):
+        anatomy.replace(module, found.path, Dense(anatomy.matrix(module, found).contiguous()))
+        layer = module.get_submodule(found.path)
+    assert isinstance(layer, (CompactLinear, CompactConv1d, CompactConv2d)), found.kind
+    return layer
+
+
 def layout_of(module: nn.Module) -> Layout:
     """The layout of a model in memory."""
     structures, tied, first = {}, {}, dict[int, str]()
@@ -81,7 +121,10 @@ def layout_of(module: nn.Module) -> Layout:
     shared = {name: to for name, to in stored_tensors(module)[1].items() if not name.startswith(inside)}
     split = tuple(path for path, layer in module.named_modules() if isinstance(layer, SplitExperts))
     rounded = {path: found.settings() for path, found in activations(module).items()}
-    return Layout(structures, tied, shared, split, rounded)
+    multiplied = {path: found.settings() for path, found in products(module).items()}
+    arithmetic = attention_arithmetic(module)
+    attention = None if arithmetic is None else arithmetic.settings()
+    return Layout(structures, tied, shared, split, rounded, multiplied, attention)
 
 
 def dump(layout: Layout, headers: Mapping[str, str]) -> str:
@@ -100,6 +143,8 @@ def dump(layout: Layout, headers: Mapping[str, str]) -> str:
         **({"shared": dict(layout.shared)} if layout.shared else {}),
         **({"split_experts": list(layout.split)} if layout.split else {}),
         **({"activations": _grouped(layout.activations)} if layout.activations else {}),
+        **({"products": _grouped(layout.products)} if layout.products else {}),
+        **({"attention": dict(layout.attention)} if layout.attention else {}),
     }
     return json.dumps(found, separators=(",", ":"), allow_nan=False)
 
@@ -145,13 +190,14 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
         structures = {name: dict(forms[index]) for name, index in layers.items()}
         tied, shared = dict(found.get("tied", {})), dict(found.get("shared", {}))
         split = tuple(found.get("split_experts", ()))
-        rounded = _ungrouped(found.get("activations", ()))
+        rounded, multiplied = (_ungrouped(found.get(key, ())) for key in ("activations", "products"))
+        attention = found.get("attention") and dict(found["attention"])
         if not all(isinstance(name, str) for name in (*split, *shared.values())):
             raise ValueError("names that are not text")
         if not all(isinstance(to, str) and to in structures and name not in structures for name, to in tied.items()):
             raise ValueError("tied layers that do not lead to another layer")
-        if not all(name in structures or name in tied for name in rounded):
-            raise ValueError("activations of a layer that is not there")
+        if not all(name in structures or name in tied for name in (*rounded, *multiplied)):
+            raise ValueError("activations or products of a layer that is not there")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, PennyweightError):
             raise
@@ -161,7 +207,7 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
             raise ModelError(
                 f"{path}: belongs to another {file.name}; the two come from different runs, copy both again"
             )
-    return Layout(structures, tied, shared, split, rounded)
+    return Layout(structures, tied, shared, split, rounded, multiplied, attention)
 
 
 class Overlay:
@@ -217,9 +263,9 @@ class Overlay:
             ModelError: tensors are missing or do not fit.
             FormError: a structure that cannot be rebuilt.
         """
-        for layer, name, parameter in self._taken:
-            del layer.__dict__[name]
-            layer._parameters[name] = parameter
+        for stripped, name, parameter in self._taken:
+            del stripped.__dict__[name]
+            stripped._parameters[name] = parameter
         if self.layout.split:
             split_experts(module)
             for path in self.layout.split:
@@ -236,6 +282,11 @@ class Overlay:
                 self._replace(module, at, made[source])
             if path in self.layout.activations:
                 module.get_submodule(at).register_module("activation", self._activation(path))
+            if path in self.layout.products:
+                layer: Any = module.get_submodule(at)
+                layer.product = LMul.of(self.layout.products[path], f"{self._where}: {path}")
+        if self.layout.attention:
+            use_in_attention(module, LMul.of(self.layout.attention, f"{self._where}: attention"))
 
     def _in_split(self, name: str) -> bool:
         return any(name.startswith(f"{path}.") for path in self.layout.split)

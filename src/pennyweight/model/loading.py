@@ -121,7 +121,7 @@ def _from_directory(directory: Path, dtype: torch.dtype, name: str) -> Model:
     if compact.is_compact(directory) or hasattr(config, "quantization_config"):
         layout = compact.read_layout(checkpoint)
         tensors = compact.Overlay(checkpoint, layout).rest()
-        if layout.paths or layout.split:
+        if not layout.plain:
             config.quantization_config = {"quant_method": METHOD, "directory": str(directory)}
     else:
         tensors = {key: checkpoint.read(key) for key in checkpoint.names()}

@@ -20,6 +20,7 @@ from pennyweight.model import compact, safetensors_file
 from pennyweight.model.checkpoint import SINGLE
 from pennyweight.model.experts import SplitExperts
 from pennyweight.model.model import Model
+from pennyweight.model.products import attention_arithmetic
 from pennyweight.safe_write import staged
 from pennyweight.transformers_plugin import METHOD
 from pennyweight.weights import Activation, Dense, Weight, check_finite
@@ -60,11 +61,8 @@ def save(
         ModelError: a dtype that no file can hold; ``dense``, and layers that round their inputs.
     """
     module = model.module
-    if dense and (rounding := compact.activations(module)):
-        raise ModelError(
-            f"{model.name}: {len(rounding)} layers round their inputs (the first is {next(iter(rounding))}), which "
-            "plain weights cannot say; save without dense, or set their activation to None"
-        )
+    if dense:
+        _check_plain(module, model.name)
     tensors = _dense_tensors(module) if dense else compact.stored_tensors(module)[0]
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
@@ -109,6 +107,19 @@ def file_bytes(model: Model | nn.Module, *, dtype: torch.dtype | None = None) ->
     body = sum(prod(shape) * kind.itemsize for kind, shape in kinds.values())
     text = compact.dump(compact.layout_of(module), {SINGLE: "0" * 64})
     return head + body + len(text.encode("utf-8"))
+
+
+def _check_plain(module: nn.Module, name: str) -> None:
+    """Refuse to write as plain weights what computes something else than they do."""
+    rounding, multiplying = compact.activations(module), compact.products(module)
+    remedy = "which plain weights cannot say; save without dense"
+    if rounding:
+        raise ModelError(
+            f"{name}: {len(rounding)} layers round their inputs (the first is {next(iter(rounding))}), {remedy}, or "
+            "set their activation to None"
+        )
+    if multiplying or attention_arithmetic(module):
+        raise ModelError(f"{name}: {len(multiplying)} layers or the attention multiply in a way of their own, {remedy}")
 
 
 def _guard(module: nn.Module) -> dict[str, Tensor]:
@@ -210,7 +221,7 @@ def _write_config(
     found = config.to_dict()
     found["architectures"] = [type(module).__name__]
     found["dtype"] = str(dtype or compact.dtype_of(module)).removeprefix("torch.")
-    if quantization is not None and compact.compact_layers(module):
+    if quantization is not None and not compact.layout_of(module).plain:
         found["quantization_config"] = dict(quantization)
     (directory / "config.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if module.can_generate() and module.generation_config is not None:

@@ -8,6 +8,7 @@ Shape letters: M out features or channels, N in features, C in channels, K kerne
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import reduce, singledispatch
 from math import prod
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn import functional
 from pennyweight.errors import OptionError, ShapeError
 from pennyweight.weights.activations import Activation
 from pennyweight.weights.combine import Product, Sum
+from pennyweight.weights.l_mul import LMul, Products
 from pennyweight.weights.low_rank import LowRank
 from pennyweight.weights.weight import Weight
 
@@ -36,15 +38,23 @@ class CompactLinear(nn.Module):
         weight: (M, N).
         bias: (M,), or None.
         activation: what rounds the input, or None; it may be set later.
+        product: how matrix products are taken, or None for torch's own; it may be set later.
     """
 
     activation: Activation | None
 
-    def __init__(self, weight: Weight, bias: Tensor | None = None, activation: Activation | None = None) -> None:
+    def __init__(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        activation: Activation | None = None,
+        product: LMul | None = None,
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.bias = _bias(bias, weight, "CompactLinear")
         self.register_module("activation", activation)
+        self.product = product
 
     @property
     def in_features(self) -> int:
@@ -57,7 +67,8 @@ class CompactLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):
             raise ShapeError(f"CompactLinear: input {tuple(x.shape)} for a weight {self.weight.shape}; give (..., in)")
-        found: Tensor = self.weight(x if self.activation is None else self.activation(x))
+        with nullcontext() if self.product is None else Products(self.product):
+            found: Tensor = self.weight(x if self.activation is None else self.activation(x))
         return found if self.bias is None else found + self.bias.to(found.dtype)
 
     def extra_repr(self) -> str:

@@ -24,12 +24,11 @@ from pennyweight.errors import DataError, OptionError
 from pennyweight.evaluate.forward import looking
 from pennyweight.lever import at_least, between, lever, one_of, option
 from pennyweight.levers.quantize.ranges import find_range
-from pennyweight.model import anatomy
 from pennyweight.model.anatomy import Map
+from pennyweight.model.compact import compact_layer
 from pennyweight.model.model import Model
-from pennyweight.weights import Activation, Dense
+from pennyweight.weights import Activation
 from pennyweight.weights.activations import FLOATS
-from pennyweight.weights.layers import CompactConv1d, CompactConv2d, CompactLinear
 from pennyweight.work import Work
 
 _SAMPLED = ("percentile", "mse", "kl")
@@ -136,16 +135,6 @@ class Activations:
 
 #: Maps whose inputs are values, and how their layers take them.
 _KINDS = {"linear": "linear", "conv1d-transposed": "linear", "conv1d": "conv", "conv2d": "conv"}
-
-
-def compact_layer(module: nn.Module, found: Map) -> CompactLinear | CompactConv1d | CompactConv2d:
-    """The compact layer of map ``found``; a plain layer is made one that holds the same matrix."""
-    layer = module.get_submodule(found.path)
-    if not isinstance(layer, (CompactLinear, CompactConv1d, CompactConv2d)):
-        anatomy.replace(module, found.path, Dense(anatomy.matrix(module, found).contiguous()))
-        layer = module.get_submodule(found.path)
-    assert isinstance(layer, (CompactLinear, CompactConv1d, CompactConv2d)), found.kind
-    return layer
 
 
 @dataclass
