@@ -5,13 +5,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from families import build, inputs
 from hypothesis import given, settings
 from hypothesis.strategies import floats, integers
 from problems import objective, problem
 
+from pennyweight import calibrate, model
 from pennyweight.errors import FormError, OptionError, ShapeError
 from pennyweight.lever import make
 from pennyweight.levers.quantize.qmoe import QMoE
+from pennyweight.model.experts import split_experts
 from pennyweight.statistics import Statistics
 from pennyweight.weights import Dense, DictionaryCoded, Quantized
 from pennyweight.weights.dictionary import WORDS, _dictionary
@@ -177,6 +180,30 @@ def test_rows_of_one_sign_and_of_zeros():
     assert set(found[0].tolist()) == {0.0, 1.0}
     assert set(found[1].tolist()) == {0.0, -1.0}
     assert not found[2].any()
+
+
+@pytest.mark.parametrize("activation_bytes", [1 << 14, 1 << 28])
+def test_experts_streamed_from_disk_are_those_solved_in_memory(activation_bytes, tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "checkpoint", max_shard_size="20KB")
+    ids, passes = inputs("mixtral")["input_ids"], []
+
+    def solve(found, weight, statistics):
+        return QMoE().solve(Dense(weight.dense().float()), statistics) if "experts" in found.role else None
+
+    options = {"activation_bytes": activation_bytes, "dtype": torch.float32}
+    calibrate.stream(
+        tmp_path / "checkpoint", tmp_path / "out", ids, solve, finished=lambda s: passes.append(s.passes), **options
+    )
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3  # a shard a block, and what lies outside
+    assert (max(passes) > 1) == (activation_bytes == 1 << 14)  # little room: a block is run once more
+    whole = model.load(tmp_path / "checkpoint")
+    split_experts(whole.module)
+    calibrate.walk(whole, ids, solve, **options)
+    found, wanted = model.load(tmp_path / "out").module.state_dict(), whole.module.state_dict()
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    coded = [name for name in found if name.endswith("weight.words")]
+    assert len(coded) == 2 * 4 * 3
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy():
