@@ -66,10 +66,10 @@ class EfficientQAT:
     validation: int = option(8, at_least(1), "windows to choose by: the best epoch, and whether the end was worth it")
     batch: int = option(2, at_least(1), "windows a step")
     epochs: int = option(2, at_least(0), "passes over the windows for each block; 0: round to nearest")
-    weight_rate: float = option(3e-3, at_least(0), "learning rate of a block's weights, as a share of their spread")
+    weight_rate: float = option(1e-2, at_least(0), "learning rate of a block's weights, as a share of their spread")
     scale_rate: float = option(1e-2, at_least(0), "learning rate of scales and zeros, scales as a share of their mean")
     steps: int = option(100, at_least(0), "steps of training scales end to end; 0 for models of no next tokens")
-    steps_rate: float = option(2e-3, at_least(0), "learning rate of scales end to end, as a share of each")
+    steps_rate: float = option(5e-3, at_least(0), "learning rate of scales end to end, as a share of each")
     target: Literal["text", "original"] = option(
         "text", one_of("text", "original"), "what is learned end to end: next tokens, or the original's distribution"
     )

@@ -54,8 +54,8 @@ class L4Q:
     samples: int = option(128, at_least(1), "windows to train on")
     batch: int = option(4, at_least(1), "windows a step")
     steps: int = option(200, at_least(0), "steps of training")
-    rate: float = option(1e-3, at_least(0), "learning rate of the adapter")
-    step_rate: float = option(2e-3, at_least(0), "learning rate of steps and offsets, as a share of the mean step")
+    rate: float = option(2e-3, at_least(0), "learning rate of the adapter")
+    step_rate: float = option(5e-3, at_least(0), "learning rate of steps and offsets, as a share of the mean step")
     warmup: float = option(0.1, between(0, 1), "share of the steps in which rates rise")
     decay: float = option(0.01, at_least(0), "weight decay of the adapter")
     target: Literal["text", "original"] = option(
