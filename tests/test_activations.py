@@ -1,5 +1,6 @@
 """Activations round as torch's own fake quantization does, are saved with their layer, and are calibrated on data."""
 
+import copy
 import json
 
 import pytest
@@ -430,3 +431,19 @@ def test_what_cannot_be_done_is_said():
     work = Work(model=model, windows=None, maps=model.anatomy.layers())
     with pytest.raises(DataError, match="needs calibration data"):
         make("quantize.activations", {"static": True, "granularity": "tensor"}).change(model, work)
+
+
+def test_models_that_differ_in_nothing_but_rounding_have_other_fingerprints():
+    from pennyweight.finish import Solved
+
+    plain, rounded = of_module(build("llama")), applied("llama")
+    eight = of_module(copy.deepcopy(rounded.module))
+    for path in compact.activations(rounded.module):
+        rounded.module.get_submodule(path).activation.bits = 4
+    assert rounded.module.state_dict().keys() == eight.module.state_dict().keys()
+    assert len({plain.fingerprint, rounded.fingerprint, eight.fingerprint}) == 3
+    made = [
+        Solved(slots=(), weights={}, recipe=None, labels={}, spent={}, module=model.module).digest
+        for model in (rounded, eight)
+    ]
+    assert made[0] != made[1]

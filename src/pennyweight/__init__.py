@@ -36,6 +36,7 @@ VERBS = {
     "measure": ("pennyweight.measure", "measure"),
     "plan": ("pennyweight.plan", "plan"),
     "save": ("pennyweight.model.saving", "save"),
+    "study": ("pennyweight.study", "study"),
     "verify": ("pennyweight.verify", "verify"),
 }
 _ROOMS = ("claims", "data", "errors", "evaluate", "laws", "model", "weights")

@@ -18,7 +18,7 @@ from pennyweight import report
 from pennyweight.errors import BudgetError, ModelError
 from pennyweight.job import Job, standing_in
 from pennyweight.measure.stats import Interval, Verdict
-from pennyweight.model import anatomy, load
+from pennyweight.model import anatomy, compact, load
 from pennyweight.model.model import Model, bf16_bytes, parameters
 from pennyweight.model.saving import save, saved_bytes
 from pennyweight.plan.slots import Slot, matrix_of
@@ -87,7 +87,9 @@ class Solved:
     def digest(self) -> str:
         """A hash of all that changed."""
         others = self.tensors if self.module is None else self.module.state_dict()
-        return digest(self.weights, self.slots, others)
+        found = digest(self.weights, self.slots, others)
+        manner = "" if self.module is None else compact.behavior(self.module)
+        return hashlib.sha256(f"{found} {manner}".encode()).hexdigest() if manner else found
 
     @contextmanager
     def computing(self, module: nn.Module) -> Iterator[nn.Module]:

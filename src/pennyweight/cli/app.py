@@ -210,6 +210,46 @@ def compare(
 
 
 @app.command()
+def study(
+    model: Model,
+    methods: Annotated[str, typer.Option(help="Of rounding: rtn, gptq, lorc.")] = "rtn,gptq,lorc",
+    bits: Annotated[str, typer.Option(help="Of weights, 1 to 8.")] = "4,3",
+    groups: Annotated[str, typer.Option(help="Input features that share a scale; row for all of them.")] = "128",
+    activations: Annotated[
+        str, typer.Option(help="What inputs are rounded to: 16 for nothing, 8 or fewer bits, e4m3, e5m2.")
+    ] = "16,8",
+    data: Data = "wiki",
+    windows: Annotated[int, typer.Option(min=2, help="Windows of held-out text to judge by.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where study.json goes.")] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Quantize under every setting of a grid: method, bits, groups, inputs (all lists after commas)."""
+    from pennyweight.cli.progress import progress
+    from pennyweight.cli.tables import emit, show
+    from pennyweight.errors import OptionError
+    from pennyweight.job import Settings
+    from pennyweight.study import study
+
+    def numbers(option: str, text: str) -> list[int | None]:
+        words = [word.strip() for word in text.split(",")]
+        if not all(word.isdecimal() or (word == "row" and option == "groups") for word in words):
+            raise OptionError(f"study: --{option} {text!r}; give whole numbers with commas between")
+        return [None if word == "row" else int(word) for word in words]
+
+    with progress() as report:
+        found = study(
+            model, methods=methods.split(","), bits=[n for n in numbers("bits", bits) if n is not None],
+            groups=numbers("groups", groups), activations=activations.split(","), data=data, out=out,
+            settings=Settings(length=length, heldout=windows, seed=seed), progress=report,
+        )  # fmt: skip
+    show(found.table())
+    if json:
+        emit(found.to_json(), json)
+
+
+@app.command()
 def frontier(
     model: Model,
     data: Data = "wiki",

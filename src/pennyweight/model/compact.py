@@ -108,6 +108,13 @@ def compact_layer(module: nn.Module, found: Map) -> CompactLinear | CompactConv1
     return layer
 
 
+def behavior(module: nn.Module) -> str:
+    """What layers and attention do beside their tensors, as JSON; empty where they do nothing but multiply."""
+    layout = layout_of(module)
+    found = [_grouped(layout.activations), _grouped(layout.products), dict(layout.attention or {})]
+    return json.dumps(found) if any(found) else ""
+
+
 def layout_of(module: nn.Module) -> Layout:
     """The layout of a model in memory."""
     structures, tied, first = {}, {}, dict[int, str]()

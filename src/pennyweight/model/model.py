@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pennyweight.errors import DataError
-from pennyweight.model import anatomy
+from pennyweight.model import anatomy, compact
 from pennyweight.weights import Activation, Weight
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names, dtypes, shapes and bytes of all tensors, as they are now."""
-        digest = hashlib.sha256()
+        """SHA-256 over names, dtypes, shapes and bytes of all tensors as they are now, and how inputs are rounded."""
+        digest = hashlib.sha256(compact.behavior(self.module).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
