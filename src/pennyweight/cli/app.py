@@ -188,6 +188,19 @@ def apply(
 
 
 @app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A merge as YAML: method, base and models.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged model goes.")],
+    overwrite: Overwrite = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; as many as cores when left out.")] = None,
+) -> None:
+    """Merge several models into one, tensor by tensor; they may be larger than memory."""
+    from pennyweight.merge.recipe import merge
+
+    print(merge(recipe, out=out, overwrite=overwrite, workers=workers).words)
+
+
+@app.command()
 def compare(
     model: Model,
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPES...", help="Recipe files or lever names.")],
