@@ -1,8 +1,8 @@
 """Fit an image classifier to a device: enough frames a second, and every class recalled often enough.
 
 Row 203. Source: A. Briley and F. Afghah, "Hardware Acceleration for Real-Time Wildfire Detection Onboard Drone
-Networks", arXiv:2401.08105: a classifier and a segmenter of fire on an edge board, as they are, in half precision (AMP),
-with 8-bit integers after training and with 8-bit integers in training, compared in frames a second and accuracy. Here
+Networks", arXiv:2401.08105: a classifier and a segmenter of fire on an edge board, as they are, in half precision
+(AMP), with 8-bit integers after training and in training, compared in frames a second and accuracy. Here
 the same four formats are made, judged and timed in turns on this machine; the fastest that holds every floor is handed
 out, or none. Differs from the source: ONNX Runtime on this processor where TensorRT ran on a Jetson; bfloat16 for half
 precision; batch norms are folded first; recall is held to by an exact one-sided test at 95 %.
