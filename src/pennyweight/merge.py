@@ -1,5 +1,0 @@
-"""Several models as one."""
-
-from pennyweight.train.ensembles import Ensemble, ensemble
-
-__all__ = ["Ensemble", "ensemble"]
