@@ -152,7 +152,7 @@ def _fit(ratios: Array, transports: Array, values: Array) -> Surface:
         gap = ((rest - left @ (keep * turned)) / np.maximum(1 - leverage, 1e-6)) ** 2
         tried.append((float(gap.mean()), float(gap.std() / math.sqrt(gap.size)), float(ridge)))
     least = min(tried)
-    # the strongest ridge within a standard error of the best: extrapolation to larger n magnifies what was fitted to noise
+    # the strongest ridge within a standard error of the best: the way to larger n magnifies what was fitted to noise
     best = max((one for one in tried if one[0] <= least[0] + least[1]), key=lambda one: one[2])
     coefficients = right.T @ (singular / (singular**2 + best[2]) * turned)
     linear = np.linalg.lstsq(ratios, values - x @ coefficients, rcond=None)[0]

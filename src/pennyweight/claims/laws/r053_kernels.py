@@ -50,8 +50,8 @@ def eigenvalues_predict_random_features(assets: Assets) -> Outcome:
         method=float(np.mean(misses)),
         baseline=float(np.mean(infinite)),
         unit="relative error of the predicted test error, mean of six settings",
-        holds=max(misses) < 0.08 and np.mean(misses) < 0.3 * np.mean(infinite) and sorted(tuned, reverse=True) == tuned
-        and report.free,
+        holds=bool(max(misses) < 0.08 and np.mean(misses) < 0.3 * np.mean(infinite)) and report.free
+        and sorted(tuned, reverse=True) == tuned,
         control=("digits: test error of 1,024 ReLU features over 16, ridges tuned", report.test[-1] / report.test[0]),
         notes=f"worst of six {max(misses):.1%}; {_TRIALS} trials each; digits by width: "
         + ", ".join(f"{k} {e:.3f}" for k, e in zip(report.widths, report.test, strict=True)),

@@ -47,7 +47,7 @@ def clusters_extrapolate_where_the_mean_does_not(assets: Assets) -> Outcome:
         method=means["clusters"],
         baseline=means["one curve"],
         unit="absolute error of predicted accuracy, mean of 12 benchmarks",
-        holds=means["clusters"] < 0.7 * min(means["one curve"], means["through the loss"]),
+        holds=bool(means["clusters"] < 0.7 * min(means["one curve"], means["through the loss"])),
         control=("a power law of -log accuracy", means["through the loss"]),
         interval=(means["clusters"] - 1.96 * spread, means["clusters"] + 1.96 * spread),
         notes="items are simulated: four families of difficulty, one flat, one that emerges beyond every model",
