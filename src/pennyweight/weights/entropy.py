@@ -3,8 +3,8 @@
 ``W[i, j] = step * row_scale[i] * column_scale[j] * code[i, j]`` with unbounded integer codes. On disk the codes are one
 range-coded stream (`pennyweight.weights.rans`); each position's probability table is chosen by two stored bytes, the
 spread of its row and of its column, so that a quiet column costs few bits. In memory the codes are one byte each, the
-few beyond a byte kept apart. Scales are kept as one byte, a sixteenth of an octave a step; floating-point scales take their
-place when they are trained.
+few beyond a byte kept apart. Scales are kept as one byte, a sixteenth of an octave a step; floating-point scales take
+their place when they are trained.
 
 Source: the coder is that of `rans`; that a uniform grid with entropy-coded indices comes within 0.25 bit of the
 rate-distortion bound is H. Gish and J. Pierce, "Asymptotically efficient quantizing", IEEE Trans. Inf. Theory 14, 1968.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import FormError, ShapeError
-from pennyweight.weights import rans
+from pennyweight.weights import one_row, rans
 from pennyweight.weights.weight import Cost, Weight, form, stored_bytes
 
 _PER_OCTAVE = 16  # steps of a one-byte scale
@@ -254,6 +254,8 @@ class EntropyCoded(Weight):
         return torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.transposed and one_row.usable(x, self):
+            return one_row.multiply(self, (self.near, self.row_scale, self.column_scale), self._one_row, x)
         outer, inner = (scale.to(x.dtype) for scale in self._scales())
         rows, columns = self.far.unbind(1)
         beyond = self.beyond.to(x.dtype)
@@ -268,6 +270,10 @@ class EntropyCoded(Weight):
         if len(beyond):
             y = y.index_add(-1, rows, x[..., columns] * beyond)
         return y * outer
+
+    def _one_row(self) -> one_row.Prepared:
+        row, column = (scale.detach() for scale in self._scales())
+        return one_row.whole(self.near, row, column, self.far, self.beyond)
 
     def rows(self, index: Tensor) -> Tensor:
         if self.transposed:

@@ -197,6 +197,16 @@ class Grid:
         x = _split(_wide(matrix), scale)
         return _codes(x, scale, zero, self.bits, self.zero_kind, self.format).reshape(matrix.shape)
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and offset (M, G) float32 with ``W = scale * code + offset``, for the formats of whole numbers."""
+        assert self.format in ("integer", "unsigned"), self.format
+        scale = self.scale.float()
+        if self.zero_kind == "float":
+            assert self.zero is not None
+            return scale, self.zero.float()
+        zero = 0.0 if self.format == "unsigned" else 2.0 ** (self.bits - 1)
+        return scale, -scale * (zero if self.zero is None else self.zero.float())
+
     def values(self, codes: Tensor, start: int = 0) -> Tensor:
         """The entries that ``codes`` stand for, float32 of their shape; they begin at column ``start``."""
         scale, zero = self._spread(codes.shape[1], start)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import FormError, ShapeError
+from pennyweight.weights import one_row
 from pennyweight.weights.by_rows import by_rows
 from pennyweight.weights.dense import Dense
 from pennyweight.weights.grid import Grid, ZeroKind, check_format, float_levels, group_count
@@ -205,7 +206,17 @@ class Quantized(Weight):
         return torch.promote_types(self.scale.dtype, torch.float32)  # as `grid` computes
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scale.shape[0] == self.shape[0] and self.format in ("integer", "unsigned") and one_row.usable(x, self):
+            grid = [*self.scale.parameters(), *self.scale.buffers()]
+            grid += [] if self.zero is None else [*self.zero.parameters(), *self.zero.buffers()]
+            return one_row.multiply(self, (self.packed, *grid), self._one_row, x)
         return by_rows(self, x)
+
+    def _one_row(self) -> one_row.Prepared:
+        with torch.no_grad():
+            scale, offset = self.grid.affine()
+        group = self.shape[1] if self.group_size is None else self.group_size
+        return one_row.packed(self.packed, scale, offset, columns=self.shape[1], bits=self.bits, group=group)
 
     def dense(self) -> Tensor:
         return self.grid.values(self.codes())

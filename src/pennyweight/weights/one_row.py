@@ -1,0 +1,134 @@
+"""Products of one row with codes, read straight from the packed form by a C routine.
+
+A token that is decoded multiplies one row with every matrix, and reading the matrix is what takes the time: codes are
+half to a quarter of the bytes of bfloat16, or less, where nothing unpacks them first. Where there is no compiler, where
+a gradient is wanted, or for more than a few rows, a weight computes as it always does.
+
+Results differ from `Weight.forward`'s by the order of sums in float32. Shape letters: M out features, N in features,
+R rows, G groups; ... any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from pennyweight import native
+from pennyweight.weights.weight import Weight
+
+#: Rows up to which the routine is used: beyond, unpacking once and a matrix product win.
+ROWS = 4
+WHOLE, PACKED = 0, 1
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int32), ("m", ctypes.c_int32), ("n", ctypes.c_int32), ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32), ("groups", ctypes.c_int32), ("codes", ctypes.c_void_p), ("stride", ctypes.c_int64),
+        ("row", ctypes.c_void_p), ("column", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p), ("far", ctypes.c_void_p), ("beyond", ctypes.c_void_p), ("count", ctypes.c_int64),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A matrix as the routine reads it; what it points to is kept alive here.
+
+    Attributes:
+        matrix: the C structure.
+        held: the tensors it points into.
+    """
+
+    matrix: _Matrix
+    held: tuple[Tensor, ...]
+
+
+def usable(x: Tensor, weight: Weight) -> bool:
+    """Whether the routine may compute ``weight(x)``: a few rows on the CPU, nothing to differentiate or trace."""
+    return (
+        x.device.type == "cpu"
+        and 0 < x.numel() <= ROWS * weight.shape[1]
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.jit._trace.is_tracing()  # type: ignore[no-untyped-call]
+        and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weight.parameters())))
+        and native.library("matvec") is not None
+    )
+
+
+def whole(codes: Tensor, row: Tensor, column: Tensor, far: Tensor, beyond: Tensor) -> Prepared:
+    """Of ``W[i, j] = row[i] * column[j] * code[i, j]``.
+
+    Args:
+        codes: (M, N) int8.
+        row: (M,).
+        column: (N,).
+        far: (F, 2) int64, where codes are beyond a byte.
+        beyond: (F,) int32, by how much.
+    """
+    held = (codes.contiguous(), row.float().contiguous(), column.float().contiguous(), far.contiguous(), beyond)
+    m, n = codes.shape
+    matrix = _Matrix(
+        kind=WHOLE, m=m, n=n, codes=held[0].data_ptr(), stride=n, row=held[1].data_ptr(), column=held[2].data_ptr(),
+        far=held[3].data_ptr(), beyond=held[4].data_ptr(), count=len(beyond),
+    )  # fmt: skip
+    return Prepared(matrix, held)
+
+
+def packed(codes: Tensor, scale: Tensor, offset: Tensor, *, columns: int, bits: int, group: int) -> Prepared:
+    """Of ``W[i, j] = scale[i, g] * code[i, j] + offset[i, g]``.
+
+    Args:
+        codes: (M, bytes of a row) uint8, see `pennyweight.weights.packing`.
+        scale: (M, G).
+        offset: (M, G).
+        columns: N.
+        bits: of a code.
+        group: columns that share a scale.
+    """
+    held = (codes.contiguous(), scale.float().contiguous(), offset.float().contiguous())
+    matrix = _Matrix(
+        kind=PACKED, m=codes.shape[0], n=columns, bits=bits, group=group, groups=scale.shape[1],
+        codes=held[0].data_ptr(), stride=codes.shape[1], scale=held[1].data_ptr(), offset=held[2].data_ptr(),
+    )  # fmt: skip
+    return Prepared(matrix, held)
+
+
+def mark_of(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
+    """Addresses and versions of tensors: they change when these are moved, trained or overwritten."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+#: Beside the weights, not in them: what points into memory can be neither copied nor pickled.
+_PREPARED: WeakKeyDictionary[Weight, tuple[tuple[tuple[int, int], ...], Prepared]] = WeakKeyDictionary()
+
+
+def multiply(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], Prepared], x: Tensor) -> Tensor:
+    """``x @ W.T``: (..., N) -> (..., M), in the dtype of ``x``.
+
+    Args:
+        weight: `usable` with ``x``.
+        tensors: those that ``weight`` is made of: when they change, it is prepared anew.
+        prepare: makes what the routine reads.
+        x: at most `ROWS` rows.
+    """
+    library, mark = native.library("matvec"), mark_of(tensors)
+    assert library is not None
+    known = _PREPARED.get(weight)
+    if known is None or known[0] != mark:
+        known = _PREPARED[weight] = (mark, prepare())
+    matrix = known[1].matrix
+    m, n = matrix.m, matrix.n
+    rows = x.detach().reshape(-1, n).float().contiguous()
+    found = torch.empty(rows.shape[0], m)
+    out_of, into, where = rows.data_ptr(), found.data_ptr(), ctypes.byref(matrix)
+    for index in range(rows.shape[0]):
+        if library.matvec(where, ctypes.c_void_p(out_of + 4 * n * index), ctypes.c_void_p(into + 4 * m * index)):
+            raise MemoryError(f"no memory for one row of {n} numbers")
+    return found.view(*x.shape[:-1], m).to(x.dtype)
