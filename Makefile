@@ -7,6 +7,8 @@ MODEL ?= smollm2-135m
 BUDGET ?= 25%
 OUT ?= runs/$(MODEL)-$(subst %,,$(BUDGET))
 FIT ?=
+# tests are many and small: a process a core, one thread each
+JOBS ?= 2
 
 .PHONY: help fit test lint claims clean
 
@@ -29,7 +31,7 @@ fit: $(READY)
 	$(BIN)/pennyweight fit $(MODEL) --budget $(BUDGET) --data wiki --out $(OUT) $(FIT)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
