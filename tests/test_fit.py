@@ -18,7 +18,9 @@ from pennyweight.fit import Fitted, fit
 from pennyweight.frontier import frontier
 from pennyweight.job import standing_in
 from pennyweight.model import load
+from pennyweight.model.kv_cache import kept_setting
 from pennyweight.model.saving import saved_bytes
+from pennyweight.plan.cache import bytes_of
 from pennyweight.receipt import Receipt
 from pennyweight.recipe import Recipe
 from pennyweight.task import LanguageModeling
@@ -232,7 +234,7 @@ def test_standing_in_leaves_the_model_as_it_was(model: Path) -> None:
         ({"budgets": ["25%"], "repair": True}, OptionError, "--time"),
         ({"budgets": ["25%"], "levers": "quantize.nothing"}, RecipeError, "no lever is called"),
         ({"budgets": ["25%"], "levers": "-quantize.entropy"}, OptionError, "leaves none"),
-        ({"budgets": ["kv=50%"]}, OptionError, "kv"),
+        ({"budgets": ["kv=50%"]}, OptionError, "kv budget alone"),
         ({"budgets": ["25%"], "floor": "accuracy>=0.9x"}, UserError, "perplexity"),
     ],
 )
@@ -263,3 +265,17 @@ def test_what_is_measured_here_can_be_budgeted(model: Path, text: Path, tmp_path
         BudgetError, match=r"1 us of latency cannot be met: the smallest choice needs \d.* [mu]s, .* of it"
     ):
         fit(model, data=text, budgets=["latency=1us"], out=tmp_path / "no", settings=toys.QUICK)
+
+
+def test_a_cache_is_budgeted_beside_the_weights(model: Path, text: Path, tmp_path: Path) -> None:
+    found = fit(model, data=text, budgets=["45%", "kv=40%"], out=tmp_path / "out", settings=toys.QUICK)
+    line = next(line for line in found.receipt.budgets if line.resource == "kv")
+    again = load(tmp_path / "out")
+    setting = kept_setting(again)
+    assert setting is not None
+    assert line.spent == bytes_of(again) <= line.allowed
+    assert found.recipe.steps[-1].name == "infer.kv_cache"
+    assert found.receipt.holds
+    assert kept_setting(load(model)) is None
+    with pytest.raises(BudgetError, match=r"kv: 10 bytes of cache .* cannot be met: the harshest setting takes"):
+        fit(model, data=text, budgets=["45%", "kv=10B"], out=tmp_path / "no", settings=toys.QUICK)

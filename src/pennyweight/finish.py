@@ -19,6 +19,7 @@ from pennyweight.errors import BudgetError, ModelError
 from pennyweight.job import Job, standing_in
 from pennyweight.measure.stats import Interval, Verdict
 from pennyweight.model import anatomy, compact, load
+from pennyweight.model.kv_cache import KVSetting, keep, keeping
 from pennyweight.model.model import Model, bf16_bytes, parameters
 from pennyweight.model.saving import save, saved_bytes
 from pennyweight.plan.slots import Slot, matrix_of
@@ -56,6 +57,7 @@ class Solved:
         weights: slot name -> compact weight.
         recipe: what made them.
         tensors: other parameters that were changed, by name.
+        kv: the setting of the cache that goes with it; None leaves it as it is.
         module: the changed model itself, where more than ``weights`` and ``tensors`` changed; it holds both.
         labels: slot name -> what made its weight, in a few words.
         spent: resource -> what it costs; bytes exactly as the files will be.
@@ -76,6 +78,7 @@ class Solved:
     allowed: Mapping[str, int | float] = field(default_factory=dict)
     planned: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    kv: KVSetting | None = None
     module: nn.Module | None = None
     predicted: float | None = None
     measured: float | None = None
@@ -101,7 +104,7 @@ class Solved:
         if self.module is not None:
             yield self.module
         else:
-            with standing_in(module, self.slots, self.weights, self.tensors):
+            with keeping(module, self.kv), standing_in(module, self.slots, self.weights, self.tensors):
                 yield module
 
 
@@ -199,6 +202,8 @@ def install(model: Model, solved: Solved) -> None:
     for name, tensor in solved.tensors.items():
         parameter = model.module.get_parameter(name)
         parameter.data = tensor.to(parameter.dtype)
+    if solved.kv is not None:
+        keep(model, solved.kv)
 
 
 def _figures(job: Job, solved: Solved) -> Figures:

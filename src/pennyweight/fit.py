@@ -18,15 +18,18 @@ from pennyweight.errors import BudgetError, OptionError
 from pennyweight.finish import Fitted, Solved, digest, finish
 from pennyweight.job import Job, Progress, Settings, chosen_levers, installed, quiet, standing_in
 from pennyweight.journal import Journal
+from pennyweight.lever import make
 from pennyweight.measure.stats import tied
 from pennyweight.model import bf16_bytes, load
+from pennyweight.model.kv_cache import KVSetting, keeping
 from pennyweight.model.model import Model, parameters
 from pennyweight.model.saving import file_bytes
+from pennyweight.plan import cache
 from pennyweight.plan.choose import frontier
 from pennyweight.plan.rounds import Plan, Prices, label_of
 from pennyweight.plan.slots import Slot, slots_of
 from pennyweight.receipt import Certificate
-from pennyweight.recipe import Recipe
+from pennyweight.recipe import Recipe, Step
 from pennyweight.repair import repair as mend
 from pennyweight.repair import reserved_bytes
 from pennyweight.safe_write import check_free
@@ -38,8 +41,9 @@ __all__ = ["Fitted", "Settings", "Solved", "fit", "plan_and_solve"]
 
 #: Plans solved at most: the first teaches the prices, the second spends by them, the third mends an overrun.
 ROUNDS = 3
-#: Resources a plan can be made against: read off the structure of a weight, by the energy model, or measured here.
-PLANNED = ("bytes", "params", "flops", "latency", "memory", "energy")
+#: Resources a plan can be made against: read off the structure of a weight, by the energy model, measured here, or (kv)
+#: a matter of the cache alone.
+PLANNED = ("bytes", "params", "flops", "latency", "memory", "energy", "kv")
 #: Plans within this factor of each other count as equal.
 _TIE = 1.01
 #: How much worse, in predicted harm, a simpler plan may be and still be worth solving.
@@ -144,9 +148,36 @@ def plan_and_solve(job: Job, *, mending: bool = False) -> Solved:
         job: what was asked.
         mending: leave room for the scales that a repair adds.
     """
+    before = job.scores("baseline", "original", job.model.module, job.check, exact=False)
+    budget = next((b for b in job.budgets if b.resource == "kv"), None)
+    if budget is None:
+        return _rounds(job, before, mending=mending)
+    limit = int(budget.limit_for(cache.bytes_of(job.model) if budget.relative else 0))
+    if len(job.budgets) == 1 and job.floor is None:
+        raise OptionError(
+            "fit: a kv budget alone changes no weight; apply a recipe with infer.kv_cache, or add a budget"
+        )
+
+    def harm(module: torch.nn.Module, setting: KVSetting) -> float:
+        after = job.scores(f"trying a cache of {setting.bits} bits", "original", module, job.check, exact=False)
+        return float(job.task.harm(before, after).double().mean())
+
+    setting, size, _ = cache.setting_for(job.model, limit, harm)
+    with keeping(job.model.module, setting):  # weights are planned and judged beside it
+        found = _rounds(job, before, mending=mending)
+    recipe = found.recipe
+    if setting is not None:
+        step = Step(make("infer.kv_cache", {**vars(setting)}))
+        recipe = Recipe((*recipe.steps, step), recipe.source)
+    return replace(
+        found, kv=setting, recipe=recipe, spent={**found.spent, "kv": size}, allowed={**found.allowed, "kv": limit},
+        planned={**found.planned, "kv": size},
+    )  # fmt: skip
+
+
+def _rounds(job: Job, before: torch.Tensor, *, mending: bool) -> Solved:
     reference = bf16_bytes(job.model)
     slots = slots_of(job.model.anatomy, job.statistics())
-    before = job.scores("baseline", "original", job.model.module, job.check, exact=False)
     offers = job.offers(slots)
     prices, allowed = first_plan(job, slots, offers, reference)
     ceiling = None
@@ -321,7 +352,7 @@ def _limits(job: Job, prices: Prices, slots: Sequence[Slot], reference: int) -> 
         "flops": 2 * matrices,
     }
     originals |= {name: base(name, value) for name, value in job.observed("original", job.model.module).items()}
-    return {budget.resource: budget.limit_for(originals[budget.resource]) for budget in job.budgets}
+    return {b.resource: b.limit_for(originals[b.resource]) for b in job.budgets if b.resource != "kv"}
 
 
 def solved_cost(

@@ -25,6 +25,7 @@ from pennyweight.journal import Journal
 from pennyweight.lever import Card, find, options_of
 from pennyweight.lever import levers as all_levers
 from pennyweight.model import anatomy
+from pennyweight.model.kv_cache import kept_setting
 from pennyweight.model.model import Model
 from pennyweight.model.saving import narrowest
 from pennyweight.plan import probes
@@ -187,7 +188,9 @@ class Job:
             ids: (windows, tokens).
             exact: in float32; otherwise with bfloat16 products, for plans.
         """
-        key = Journal.key("scores", of=name, ids=ids, exact=exact, **self.identity)
+        cache = kept_setting(module)
+        kept = {} if cache is None else {"cache": cache.plain()}
+        key = Journal.key("scores", of=name, ids=ids, exact=exact, **kept, **self.identity)
         with self.stage(what):
             if not self.journal.done(key):
                 found = self.task.scores(module, ids, exact=exact, report=lambda d, n: self.progress(what, d, n))

@@ -22,7 +22,8 @@ held, R rows and C columns of what is packed, S columns that share a scale, W by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -501,6 +502,24 @@ def keep(model: Model | nn.Module, setting: KVSetting) -> None:
     found: Any = _generating(module).generation_config
     found._from_model_config = False  # else what it has of its own is dropped when it is read back
     setattr(found, KEY, setting.plain())
+
+
+@contextmanager
+def keeping(module: nn.Module, setting: KVSetting | None) -> Iterator[None]:
+    """For a while ``setting`` is part of the model, in place of the one it has; None changes nothing."""
+    if setting is None:
+        yield
+        return
+    before = kept_setting(module)
+    keep(module, setting)
+    try:
+        yield
+    finally:
+        found = _generating(module).generation_config
+        if before is None:
+            delattr(found, KEY)
+        else:
+            setattr(found, KEY, before.plain())
 
 
 def kept_setting(model: Model | nn.Module) -> KVSetting | None:
