@@ -34,6 +34,7 @@ VERBS = {
     "levers": ("pennyweight.lever", "levers"),
     "load": ("pennyweight.model.loading", "load"),
     "measure": ("pennyweight.measure", "measure"),
+    "merge": ("pennyweight.merge", "merge"),
     "plan": ("pennyweight.plan", "plan"),
     "save": ("pennyweight.model.saving", "save"),
     "study": ("pennyweight.study", "study"),

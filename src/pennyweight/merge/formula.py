@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -74,16 +74,7 @@ class Formula(ABC):
     weights: tuple[float, ...] = option((), ANY, "how much each model counts; none: all the same")
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            if "check" not in one.metadata:
-                continue
-            check, value = one.metadata["check"], getattr(self, one.name)
-            try:
-                fine = bool(check.allows(value))
-            except TypeError:
-                fine = False
-            if not fine:
-                raise OptionError(f"{self.title}: {one.name} = {value!r} is out of range; give {check.words}")
+        check_options(self, self.title)
         if not all(isinstance(one, (int, float)) and math.isfinite(one) for one in self.weights):
             raise OptionError(f"{self.title}: weights {self.weights}; give numbers")
 
@@ -110,6 +101,24 @@ class Formula(ABC):
     @abstractmethod
     def prepare(self, tensor: Stretched) -> Rule:
         """The rule for the elements of ``tensor``."""
+
+
+def check_options(instance: Any, title: str) -> None:
+    """Hold the options of a dataclass against their ranges, see `lever.option`.
+
+    Raises:
+        OptionError: one is outside.
+    """
+    for one in fields(instance):
+        if "check" not in one.metadata:
+            continue
+        check, value = one.metadata["check"], getattr(instance, one.name)
+        try:
+            fine = bool(check.allows(value))
+        except TypeError:
+            fine = False
+        if not fine:
+            raise OptionError(f"{title}: {one.name} = {value!r} is out of range; give {check.words}")
 
 
 def weighted_sum(parts: Tensor, weights: list[float]) -> Tensor:

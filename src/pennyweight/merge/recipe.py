@@ -13,6 +13,7 @@
     shard: 4GB
 
 A path is meant from where the recipe lies. ``ota`` takes second moments, too: ``{model: a, moments: a/moments}``.
+``transport`` and ``expert`` load whole models and run them on texts; see `whole`.
 """
 
 from __future__ import annotations
@@ -36,17 +37,23 @@ from pennyweight.merge.ota import OTA
 from pennyweight.merge.slerp import Slerp
 from pennyweight.merge.sources import Adapter, Shards, Source
 from pennyweight.merge.ties import Ties
+from pennyweight.merge.whole import Expert, Transport
+from pennyweight.model.loading import load
+from pennyweight.model.saving import save
 from pennyweight.recipe import _load as load_yaml
+from pennyweight.safe_write import check_free
 from pennyweight.units import Quantity
 
-#: Formulas by the name that recipes use.
-FORMULAS: dict[str, type[Formula]] = {
+#: What recipes can name: formulas of elements, which stream, and merges of whole models in memory.
+FORMULAS: dict[str, type[Formula] | type[Transport] | type[Expert]] = {
     "linear": Linear,
     "slerp": Slerp,
     "task_arithmetic": TaskArithmetic,
     "ties": Ties,
     "dare": Dare,
     "ota": OTA,
+    "transport": Transport,
+    "expert": Expert,
 }
 _KEYS = ("pennyweight", "merge", "options", "base", "models", "dtype", "skip", "shard")
 _MODEL_KEYS = ("model", "weight", "adapter", "moments")
@@ -65,7 +72,7 @@ class MergeRecipe:
         shard_bytes: most bytes of a file, or None.
     """
 
-    formula: Formula
+    formula: Formula | Transport | Expert
     models: tuple[Mapping[str, Path], ...]
     base: Path | None
     dtype: torch.dtype | None
@@ -118,6 +125,11 @@ class MergeRecipe:
             raise RecipeError(f"{source}: options is {options!r}; give a mapping, {{density: 0.2}}")
         _known(options, names, f"{source}, {name}")
         weights = [one.get("weight") for one in models]
+        extra = [key for one in models for key in one if key != "model"]
+        if extra and not issubclass(FORMULAS[name], Formula):
+            raise RecipeError(f"{source}: {name} takes models only, and no {extra[0]} of them")
+        if isinstance(options.get("texts"), list):
+            options = options | {"texts": tuple(options["texts"])}
         if any(weight is not None for weight in weights):
             options = options | {"weights": tuple(1.0 if weight is None else weight for weight in weights)}
         dtype, skip, shard = found.get("dtype"), found.get("skip") or [], found.get("shard")
@@ -139,7 +151,7 @@ class MergeRecipe:
             shard_bytes=shard_bytes,
         )
 
-    def sources(self) -> tuple[list[Source], Source | None, Formula]:
+    def sources(self) -> tuple[list[Source], Source | None, Formula | Transport | Expert]:
         """The models, the base, and the formula with its second moments.
 
         Raises:
@@ -155,7 +167,7 @@ class MergeRecipe:
         if isinstance(formula, OTA):
             formula = dataclasses.replace(formula, moments=tuple(read_moments(place) for place in given))
         elif given:
-            raise OptionError(f"{formula.title}: takes no moments; merge: ota does")
+            raise OptionError(f"merge {type(formula).__name__.lower()}: takes no moments; merge: ota does")
         return models, base, formula
 
 
@@ -177,7 +189,10 @@ def merge(
         OutputError: ``out`` holds something, or cannot be written.
     """
     found = recipe if isinstance(recipe, MergeRecipe) else MergeRecipe.read(recipe)
+    if not isinstance(found.formula, Formula):
+        return _whole(found, found.formula, out, overwrite)
     models, base, formula = found.sources()
+    assert isinstance(formula, Formula)
     return merge_files(
         formula,
         models,
@@ -189,6 +204,17 @@ def merge(
         overwrite=overwrite,
         workers=workers,
     )
+
+
+def _whole(found: MergeRecipe, formula: Transport | Expert, out: str | Path, overwrite: bool) -> Merged:
+    if found.skip or found.shard_bytes:
+        raise OptionError("merge: skip and shard are of merges that stream; leave them out")
+    formula.check(len(found.models), base=found.base is not None)
+    check_free(out, overwrite=overwrite)
+    base = None if found.base is None else load(found.base)
+    done = formula.into([load(one["model"]) for one in found.models], base)
+    saved = save(done, out, dtype=found.dtype, overwrite=overwrite)
+    return Merged(Path(out), len(list(done.module.named_parameters())), 0, saved.bytes)
 
 
 def _known(found: Mapping[Any, Any], names: Any, where: str) -> None:

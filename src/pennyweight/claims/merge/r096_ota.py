@@ -1,0 +1,89 @@
+"""Row 96, OTA + FFG: the optimizer's second moments tell which edits matter, and how to weigh them."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from pennyweight.claims import Outcome, claim
+from pennyweight.claims.assets import Assets
+from pennyweight.claims.experts import TASKS, experts, losses, parameters
+from pennyweight.claims.tiny import one_thread
+from pennyweight.merge.engine import merge_tensors
+from pennyweight.merge.linear import Linear
+from pennyweight.merge.moments import compressed, read_moments
+from pennyweight.merge.ota import OTA, ffg
+from pennyweight.merge.ties import Ties
+
+_HEADLINE = "OTA + FFG improves over strong weight-space baselines; FFG is critical, compressed moments keep the gain"
+
+
+def _kept(found: dict[str, Tensor], task: str, base: float, expert: float) -> float:
+    return (base - losses(found, [task])[0]) / (base - expert)
+
+
+@claim(row=96, pace="slow", headline=_HEADLINE)
+def grafts_by_curvature_keep_more_than_the_largest_edits(assets: Assets) -> Outcome:
+    """Each of four experts alone: a tenth of its edits on the base, chosen by v * edit^2, or by size."""
+    with one_thread():
+        known = experts()
+        base = parameters(known.base)
+        before = losses(base, TASKS)
+        rows = []
+        for n, task in enumerate(TASKS):
+            model, moments = parameters(known.models[n]), known.moments[n]
+            after = losses(model, [task])[0]
+            score = read_moments(moments)
+            small = read_moments(compressed(moments))
+            rivals = (
+                merge_tensors(ffg(score, density=0.1), [model], base),
+                merge_tensors(Ties(density=0.1), [model], base),
+                merge_tensors(ffg(small, density=0.1), [model], base),
+                merge_tensors(ffg(score, density=0.4), [model], base),
+            )
+            rows.append([_kept(one, task, before[n], after) for one in rivals])
+    method, baseline, small_kept, wide = torch.tensor(rows).mean(0).tolist()
+    return Outcome(
+        method=method,
+        baseline=baseline,
+        unit="share of an expert's gain that a tenth of its edits keeps",
+        lower_is_better=False,
+        holds=method > baseline + 0.01 and method > 0.2,
+        control=("second moments as row and column sums", small_kept),
+        notes=f"by curvature at 40 %: {wide:.3f}",
+    )
+
+
+@claim(row=96, pace="slow", headline=_HEADLINE)
+def weighing_by_curvature_keeps_more_than_averaging(assets: Assets) -> Outcome:
+    """Four experts merged, with whole and compressed moments; grafts before it do not help here, as the notes say."""
+    with one_thread():
+        known = experts()
+        base, models = parameters(known.base), [parameters(one) for one in known.models]
+        before = losses(base, TASKS)
+        after = [losses(model, [task])[0] for model, task in zip(models, TASKS, strict=True)]
+        full = tuple(read_moments(one) for one in known.moments)
+        small = tuple(read_moments(compressed(one)) for one in known.moments)
+        rivals = {
+            "average": Linear(),
+            "ties": Ties(density=0.2),
+            "ota": OTA(moments=full),
+            "ota, rank one": OTA(moments=small),
+            "ota + ffg": OTA(moments=full, density=0.4),
+            "ota + ffg, rank one": OTA(moments=small, density=0.4),
+        }
+        kept = {}
+        for name, formula in rivals.items():
+            found = losses(merge_tensors(formula, models, base), TASKS)
+            kept[name] = fmean((b - f) / (b - a) for b, f, a in zip(before, found, after, strict=True))
+    return Outcome(
+        method=kept["ota"],
+        baseline=kept["average"],
+        unit="share of four experts' gains that their merge keeps",
+        lower_is_better=False,
+        holds=kept["ota"] > kept["average"] + 0.01 and kept["ota, rank one"] > kept["average"] + 0.01,
+        control=("TIES", kept["ties"]),
+        notes="; ".join(f"{name}: {value:.3f}" for name, value in kept.items()),
+    )
