@@ -83,7 +83,7 @@ def test_inverse_undoes_the_law(name):
             continue
         np.testing.assert_allclose(law.inverse(variable.name, target, **others), point[variable.name], rtol=1e-6)
         tried += 1
-    assert tried or form.name.startswith("qat")
+    assert tried or form.name.startswith(("qat", "bit_level"))  # every variable in several terms
 
 
 def test_chinchilla_fit_meets_the_published_replication():

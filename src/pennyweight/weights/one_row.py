@@ -56,6 +56,7 @@ def usable(x: Tensor, weight: Weight) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()  # someone counts or records what is computed
         and not torch.jit._trace.is_tracing()  # type: ignore[no-untyped-call]
         and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weight.parameters())))
         and native.library("matvec") is not None
