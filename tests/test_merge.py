@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import pennyweight
 from pennyweight.cli import main
 from pennyweight.errors import ModelError, OptionError, OutputError, RecipeError
 from pennyweight.merge import (
@@ -220,7 +221,7 @@ def test_a_merge_into_another_dtype_rounds_once_and_says_so(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(OutputError, match="overwrite"):
         merge(tmp_path / "r.yaml", out=tmp_path / "out")
-    merge(tmp_path / "r.yaml", out=tmp_path / "out", overwrite=True)
+    assert pennyweight.merge(tmp_path / "r.yaml", out=tmp_path / "out", overwrite=True).copied == 1
 
 
 def test_the_verb_merges_and_gives_mistakes_one_line(tmp_path, capsys):

@@ -87,7 +87,8 @@ def merge_experts(
     ):
         raise OptionError(
             f"merge_experts: initial {initial}, rate {rate}, temperature {temperature}, epochs {epochs}, "
-            f"batch {batch}, weights {hidden_weight}, {regularization}; give 0 < initial < 1, numbers above 0, weights of 0 or more"
+            f"batch {batch}, weights {hidden_weight}, {regularization}; "
+            "give an initial value between 0 and 1, numbers above 0, weights of 0 or more"
         )
     origin = {name: one.detach() for name, one in base.named_parameters()}
     deltas = {name: _deltas(name, one, experts) for name, one in origin.items()}
