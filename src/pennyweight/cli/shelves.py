@@ -124,7 +124,8 @@ def levers_show(name: Annotated[str, typer.Argument(metavar="LEVER")], json: AsJ
         emit(plain | {"paper": card.paper, "options": [dataclasses.asdict(option) for option in card.options]})
         return
     print(f"{card.name}: {card.summary}")
-    print(f"reach {card.reach}; row {card.row or 'none'}; reads {', '.join(sorted(card.needs)) or 'no data'}")
+    reads = ", ".join(sorted(card.needs)) or ("no data" if card.reach == "weight" else "what its text says")
+    print(f"reach {card.reach}; row {card.row or 'none'}; reads {reads}")
     if card.paper:
         print(card.paper)
     print()
