@@ -305,3 +305,14 @@ def test_bad_bits_by_relevance_are_refused():
         make("quantize.lrp", {"average_bits": 1}).allocate(model, inner, {one.name: 1.0 for one in inner})
     with pytest.raises(DataError, match=r"quantize.lrp: needs calibration data"):
         make("quantize.lrp").change(model, Work(model=model, windows=None, maps=inner))
+
+
+def test_rounded_attention_keeps_a_causal_mask():
+    module = build("llama")
+    ids = torch.randint(5, 60, (1, 12), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % 60
+    with torch.no_grad(), quantized(module, 8):
+        first, second = (module(input_ids=each).logits for each in (ids, other))
+    assert torch.allclose(first[:, :-1], second[:, :-1], atol=1e-5)
+    assert not torch.allclose(first[:, -1], second[:, -1], atol=1e-5)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pennyweight.errors import ModelError, OptionError
@@ -91,6 +92,8 @@ def quantized(module: nn.Module, bits: int) -> Iterator[None]:
 
     before = module.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    # without one of its own, masks of causal models would be dropped without a word
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     module.set_attn_implementation(_NAME)
     try:
         yield
