@@ -234,6 +234,7 @@ def test_standing_in_leaves_the_model_as_it_was(model: Path) -> None:
         ({"budgets": ["25%"], "repair": True}, OptionError, "--time"),
         ({"budgets": ["25%"], "levers": "quantize.nothing"}, RecipeError, "no lever is called"),
         ({"budgets": ["25%"], "levers": "-quantize.entropy"}, OptionError, "leaves none"),
+        ({"budgets": ["25%"], "levers": "quantize.awq"}, OptionError, "changes whole models"),
         ({"budgets": ["kv=50%"]}, OptionError, "kv budget alone"),
         ({"budgets": ["25%"], "floor": "accuracy>=0.9x"}, UserError, "perplexity"),
     ],

@@ -363,7 +363,7 @@ def chosen_levers(text: str | Sequence[str] | None, budgets: Sequence[Budget]) -
     """The levers a fit may use: names, rooms ("quantize"), or changes of the default ("+quantize.gptq,-factorize.svd").
 
     Raises:
-        OptionError: nothing is left.
+        OptionError: nothing is left, or a lever that no plan can use.
         RecipeError: an unknown lever.
     """
     structural = any(budget.resource in ("params", "flops", "latency") for budget in budgets)
@@ -374,6 +374,8 @@ def chosen_levers(text: str | Sequence[str] | None, budgets: Sequence[Budget]) -
     for part in asked:
         bare = part.lstrip("+-")
         room = [card.name for card in all_levers(bare) if card.reach == "weight"]
+        if not room and find(bare).reach != "weight":
+            raise OptionError(f"--levers {bare}: it changes whole models, which no plan does; apply a recipe with it")
         for name in room or [find(bare).name]:
             if part.startswith("-"):
                 names = [kept for kept in names if kept != name]
