@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import ModelError, OptionError
-from pennyweight.evaluate.embedding import cosines, pool
-from pennyweight.evaluate.forward import first_tensor, looking
+from pennyweight.evaluate.embedding import cosines, embed_windows
 from pennyweight.evaluate.perplexity import token_losses
 from pennyweight.measure.stats import Interval, Verdict, below, bootstrap, non_inferiority, paired_ratio
 from pennyweight.model.model import Model
@@ -111,14 +110,7 @@ class Embedding:
     unit: str = ""
 
     def scores(self, module: nn.Module, ids: Tensor, *, exact: bool, report: Report | None = None) -> Tensor:
-        found = []
-        with looking(module, None if exact else torch.bfloat16):
-            for part in torch.split(ids, 16):
-                mask = torch.ones_like(part)
-                found.append(pool(first_tensor(module(input_ids=part, attention_mask=mask), "last_hidden_state"), mask))
-                if report is not None:
-                    report(sum(map(len, found)), len(ids))
-        return torch.cat(found)
+        return embed_windows(module, ids, dtype=None if exact else torch.bfloat16, report=report)
 
     def harm(self, before: Tensor, after: Tensor) -> Tensor:
         return 1 - cosines(before, after)
