@@ -1,0 +1,1 @@
+"""Claims about factors and shared parameters."""
