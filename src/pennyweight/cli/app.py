@@ -176,12 +176,22 @@ def apply(
     data: Data = "wiki",
     overwrite: Overwrite = False,
     seed: Seed = 0,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Block by block, for a checkpoint larger than memory.")
+    ] = False,
 ) -> None:
     """Run a given recipe."""
     from pennyweight.apply import apply
     from pennyweight.cli import summary
     from pennyweight.cli.progress import progress
 
+    if stream:
+        from pennyweight.larger import apply_streaming
+
+        with progress() as report:
+            saved = apply_streaming(model, recipe, data=data, out=out, overwrite=overwrite, seed=seed, progress=report)
+        print(f"{saved.bytes:,} bytes in {saved.directory}; `pennyweight measure` judges it where it fits into memory")
+        return
     with progress() as report:
         found = apply(model, recipe, data=data, out=out, overwrite=overwrite, seed=seed, progress=report)
     print(summary.of(found.receipt, found.directory))

@@ -128,7 +128,7 @@ def _from_directory(directory: Path, dtype: torch.dtype, name: str) -> Model:
     module = build(config, tensors, dtype, str(directory))
     if (directory / "generation_config.json").is_file() and module.can_generate():
         module.generation_config = _generation_config(directory)
-    tokenizer, why_not = _tokenizer(directory)
+    tokenizer, why_not = read_tokenizer(directory)
     return Model(module, tokenizer, name, kind_of(type(module).__name__), config, why_not)
 
 
@@ -240,7 +240,8 @@ def _generation_config(directory: Path) -> GenerationConfig:
     return found
 
 
-def _tokenizer(directory: Path) -> tuple[Any, str]:
+def read_tokenizer(directory: Path) -> tuple[Any, str]:
+    """The tokenizer of a directory; None, and why, where there is none."""
     if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
         return None, f"{directory} holds none (no tokenizer.json)"
     try:
