@@ -1,20 +1,30 @@
-"""factorize.monarch against closed forms, brute force and what its papers promise."""
+"""factorize.monarch and factorize.roast against closed forms, brute force and what its papers promise."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import toys
+from families import build
 from problems import objective, problem
 
+from pennyweight.apply import apply
 from pennyweight.claims.factorize.r125_monarch import fourier
 from pennyweight.errors import DataError, OptionError
 from pennyweight.lever import candidates_of, find, make, needs_of
 from pennyweight.levers.factorize.monarch import MonarchProjection, nearest_outputs
+from pennyweight.levers.factorize.roast import Roast, scaling, share
+from pennyweight.levers.factorize.roast import load as load_of
+from pennyweight.measure.cost import cost as measure_cost
+from pennyweight.model import anatomy, load
+from pennyweight.model.model import Model
 from pennyweight.plan.offers import predict
 from pennyweight.statistics import NO_STATISTICS, Statistics
-from pennyweight.weights import Dense, LowRank, Monarch
+from pennyweight.weights import Dense, Hashed, LowRank, Monarch
+from pennyweight.work import Work
 
 SHAPES = [(12, 30, 3), (30, 12, 2), (16, 16, 4), (8, 24, 1), (20, 10, 5)]
 
@@ -148,3 +158,176 @@ def test_monarch_settings_that_do_not_fit_are_refused_with_the_remedy():
         MonarchProjection(rank=1, damping=0.0).solve(
             Dense(matrix), Statistics(second_moment=torch.eye(12) - torch.ones(12, 12))
         )
+
+
+def llama():
+    return Model(build("llama"), None, "llama", "causal-lm")
+
+
+def work_on(model, windows=None, seed=0):
+    return Work(model=model, windows=windows, maps=model.anatomy.maps(), seed=seed)
+
+
+def ids(count, seed=1):
+    return torch.randint(3, 64, (count, 24), generator=torch.Generator().manual_seed(seed))
+
+
+class Two(torch.nn.Module):
+    """Two layers of very different size."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        self.a, self.b = torch.nn.Linear(6, 10), torch.nn.Linear(10, 4)
+        for layer, size in ((self.a, 0.5), (self.b, 0.02)):
+            layer.weight.data = size * torch.randn(layer.weight.shape, generator=g)
+            layer.bias.data.zero_()
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("size", [None, 1.0, 1e-4])
+def test_as_many_values_as_weights_are_the_model_to_the_bit_and_so_is_a_step_of_descent(size):
+    plain, shared = Two(), Two()
+    held = share(shared, ["a", "b"], density=1.0, seed=5, size=size)
+    assert held[0].values is held[1].values
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(plain(x), shared(x))
+    gamma = scaling(held)
+    held[0].values.register_hook(lambda gradient: gradient * gamma)
+    for model in (plain, shared):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(plain.a.weight, Two().a.weight)
+    for layer, weight in ((plain.a, held[0]), (plain.b, held[1])):
+        torch.testing.assert_close(weight.dense(), layer.weight, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("density", [0.9, 0.5, 0.13, 1 / 100])
+def test_every_value_bears_the_same_load(density):
+    model = Two()
+    held = share(model, ["a", "b"], density=density, seed=2)
+    count, uses = len(held[0].values), load_of(held)
+    assert count == int(density * 100)
+    assert uses.sum() == 100
+    assert set(uses.tolist()) <= {100 // count, -(-100 // count)}
+
+
+def test_starting_values_are_the_least_squares_ones():
+    model, matrices = Two(), [Two().a.weight.detach(), Two().b.weight.detach()]
+    held = share(model, ["a", "b"], density=0.3, seed=9)
+    count = len(held[0].values)
+    # the oracle: the map as a matrix, column by column, and NumPy's solver
+    basis = np.zeros((100, count))
+    for at in range(count):
+        unit = torch.nn.Parameter(torch.eye(count)[at])
+        parts = [Hashed(unit, rows=w.shape[0], columns=w.shape[1], **rest(w)).dense().flatten() for w in held]
+        basis[:, at] = torch.cat(parts).detach().double().numpy()
+    wanted = torch.cat([matrix.flatten() for matrix in matrices]).double().numpy()
+    expected = np.linalg.lstsq(basis, wanted, rcond=None)[0]
+    np.testing.assert_allclose(held[0].values.detach().numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+def rest(weight):
+    return {"seed": weight.seed, "offset": weight.offset, "scale": weight.scale}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_steps_do_not_depend_on_the_size_of_the_store_once_gradients_are_scaled(scaled):
+    x, found = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), []
+    for size in (2.0**-6, 1.0):
+        model = Two()
+        held = share(model, ["a", "b"], density=0.5, seed=4, size=size)
+        gamma = scaling(held) if scaled else torch.ones(50)
+        held[0].values.register_hook(lambda gradient, gamma=gamma: gradient * gamma)
+        optimizer = torch.optim.SGD([held[0].values], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+        found.append(model(x).detach())
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6) == scaled
+
+
+def test_drawn_values_start_each_layer_as_large_as_it_was():
+    model = llama()
+    before = {
+        one.path: float(anatomy.matrix(model.module, one).std()) for one in model.anatomy.maps() if one.block == 0
+    }
+    Roast(density=0.5, start="random", dtype="float32").change(model, work_on(model))
+    for path, size in before.items():
+        assert 0.6 < float(model.module.get_submodule(path).weight.dense().detach().std()) / size < 1.6
+
+
+def test_roast_is_exact_at_density_one_trains_and_stores_its_values_once(tmp_path):
+    model, whole = llama(), llama()
+    windows = ids(8)
+    expected = model.module(input_ids=windows).logits
+    Roast(density=1.0, dtype="float32").change(whole, work_on(whole))
+    assert torch.equal(whole.module(input_ids=windows).logits, expected)
+    total = sum(math.prod(one.shape) for one in model.anatomy.layers() if one.block is not None)
+    losses = []
+    for steps in (0, 30):
+        shared = llama()
+        lever = Roast(density=0.125, steps=steps, rate=0.02, start="random", dtype="float16")
+        lever.change(shared, work_on(shared, windows))
+        logits = shared.module(input_ids=windows).logits
+        losses.append(
+            float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).detach())
+        )
+    assert losses[1] < 0.98 * losses[0]
+    cost, dense = (
+        measure_cost(shared.module, inputs={"input_ids": windows[:1]}),
+        measure_cost(model.module, inputs={"input_ids": windows[:1]}),
+    )
+    assert dense.params_total - cost.params_total == total - int(0.125 * total)
+    assert dense.bytes - cost.bytes == 4 * total - 2 * int(0.125 * total)
+
+
+def test_a_recipe_runs_roast_and_the_file_brings_it_back_holding_each_value_once(tmp_path):
+    model, text, recipe = toys.llama(tmp_path / "model"), toys.text_file(tmp_path), tmp_path / "recipe.yaml"
+    recipe.write_text("pennyweight: 1\nsteps:\n- factorize.roast: {density: 0.25}\n")
+    fitted = apply(model, recipe, data=text, out=tmp_path / "out", settings=toys.QUICK)
+    again = load(tmp_path / "out")
+    probe = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(fitted.model.module(probe).logits, again.module(probe).logits)
+    weights = [part for part in again.module.modules() if isinstance(part, Hashed)]
+    assert len(weights) == 14
+    total = sum(math.prod(weight.shape) for weight in weights)
+    assert {len(weight.values) for weight in weights} == {total // 4}
+    size = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.safetensors"))
+    # the embedding, five norms, and the values once, in 16 bits (the rest is the header)
+    assert size < 4 * (256 * 64 + 5 * 64) + 2 * (total // 4) + 8192
+    assert len({weight.values.data_ptr() for weight in weights}) == 1
+
+
+@pytest.mark.parametrize(
+    ("lever", "kind", "windows", "error", "words"),
+    [
+        (Roast(density=0.0), "causal-lm", None, OptionError, "density = 0.0 leaves .* weights no value; give at least"),
+        (Roast(steps=1), "encoder", ids(2), OptionError, "factorize.roast: trains causal language models end to end"),
+        (Roast(steps=1), "causal-lm", None, DataError, "needs calibration data"),
+    ],
+)
+def test_what_roast_cannot_do_is_refused_and_nothing_is_half_done(lever, kind, windows, error, words):
+    model = replace(llama(), kind=kind)
+    with pytest.raises(error, match=words):
+        lever.change(model, work_on(model, windows))
+    assert not any(isinstance(part, Hashed) for part in model.module.modules())
+
+
+def test_a_layer_cannot_be_shared_twice():
+    model = Two()
+    with pytest.raises(OptionError, match="2 layers, 1 different ones; give each once"):
+        share(model, ["a", "a"], density=0.5)
+    share(model, ["a"], density=0.5)
+    with pytest.raises(OptionError, match=r"factorize.roast: a is hashed already; put this step first"):
+        share(model, ["a", "b"], density=0.5)
+    with pytest.raises(OptionError, match=r"factorize.roast: c is no layer"):
+        share(model, ["c"], density=0.5)
+    whole = llama()
+    with pytest.raises(OptionError, match="selects no linear layer of a block"):
+        Roast().change(whole, replace(work_on(whole), maps=()))

@@ -260,7 +260,10 @@ def _stored_numbers(module: nn.Module, seen: set[int]) -> int:
         return 0
     seen.add(id(module))
     if isinstance(module, Weight):
-        return module.cost().params
+        held = {id(tensor): tensor.numel() for tensor in module.parameters()}
+        again = sum(count for key, count in held.items() if key in seen)  # a store that several weights share
+        seen.update(held)
+        return module.cost().params - again
     if isinstance(module, Activation):
         return _numbers(module)
     own = [tensor for tensor in module.parameters(recurse=False) if id(tensor) not in seen]

@@ -100,6 +100,10 @@ class Hashed(Weight):
         total = total.index_add(0, place, matrix.detach().reshape(-1).double() * sign)
         return cls((total / uses).to(matrix), rows=matrix.shape[0], columns=matrix.shape[1], seed=seed)
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(M*N,) the place of the value of each entry, and its sign (int8), in scan order."""
+        return self._places(0, self.shape[0] * self.shape[1])
+
     def _places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(stop - start,) place of the value and sign (int8) of each entry of that stretch of the scan order."""
         count, device = len(self.values), self.values.device
