@@ -4,8 +4,8 @@ Row 124. Source: A. Abdolrashidi et al., "Pareto-Optimal Quantized ResNet Is Mos
 code (google/aqt). Every forward pass rounds each output channel of a weight to whole multiples of its largest value
 over ``2^(bits-1) - 1``. Inputs are left alone until ``start`` steps are done, while a running mean (0.1 of each new
 batch) follows the largest value of every batch; from then on they are rounded, and clipped at that mean, for good.
-Those that were never negative (behind a ReLU) spend no bit on a sign. Gradients pass the rounding, stop where values are
-clipped, and never reach a scale. First and last layer keep more bits.
+Those that were never negative (behind a ReLU) spend no bit on a sign. Gradients pass the rounding, stop where values
+are clipped, and never reach a scale. First and last layer keep more bits.
 
 Differs from the source: unsigned values round to nearest (its code rounds them down), and the running mean starts at
 the first batch instead of at zero.

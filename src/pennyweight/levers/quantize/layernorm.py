@@ -29,8 +29,8 @@ from pennyweight.calibrate.walk import inputs_of
 from pennyweight.errors import OptionError
 from pennyweight.evaluate.forward import first_tensor, looking
 from pennyweight.lever import between, lever, one_of, option
-from pennyweight.levers.quantize.activations import compact_layer
 from pennyweight.model.anatomy import Map
+from pennyweight.model.compact import compact_layer
 from pennyweight.model.model import Model
 from pennyweight.weights import Activation, Dense
 from pennyweight.work import Work
