@@ -30,9 +30,7 @@ def context_of(model: Model) -> int:
     """
     found = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(found, int):
-        raise ModelError(
-            f"{model.name}: its configuration names no longest text, which a kv budget needs"
-        )
+        raise ModelError(f"{model.name}: its configuration names no longest text, which a kv budget needs")
     return found
 
 
