@@ -1,7 +1,8 @@
-"""factorize.monarch and factorize.roast against closed forms, brute force and what its papers promise."""
+"""factorize.monarch, factorize.roast and factorize.auto against closed forms, brute force and what papers promise."""
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from pennyweight.apply import apply
 from pennyweight.claims.factorize.r125_monarch import fourier
 from pennyweight.errors import DataError, OptionError
 from pennyweight.lever import candidates_of, find, make, needs_of
+from pennyweight.levers.factorize import auto
+from pennyweight.levers.factorize.auto import Auto
 from pennyweight.levers.factorize.monarch import MonarchProjection, nearest_outputs
 from pennyweight.levers.factorize.roast import Roast, scaling, share
 from pennyweight.levers.factorize.roast import load as load_of
@@ -22,6 +25,8 @@ from pennyweight.measure.cost import cost as measure_cost
 from pennyweight.model import anatomy, load
 from pennyweight.model.model import Model
 from pennyweight.plan.offers import predict
+from pennyweight.solvers.low_rank import low_rank
+from pennyweight.solvers.semi_nmf import semi_nmf
 from pennyweight.statistics import NO_STATISTICS, Statistics
 from pennyweight.weights import Dense, Hashed, LowRank, Monarch
 from pennyweight.work import Work
@@ -331,3 +336,140 @@ def test_a_layer_cannot_be_shared_twice():
     whole = llama()
     with pytest.raises(OptionError, match="selects no linear layer of a block"):
         Roast().change(whole, replace(work_on(whole), maps=()))
+
+
+def test_semi_nonnegative_factors_follow_the_papers_rule_and_the_error_never_rises():
+    matrix, _ = problem(20, 14, seed=3)
+    errors = []
+    for iterations in range(1, 12):
+        up, down = semi_nmf(matrix, 5, iterations=iterations)
+        assert (down >= 0).all()
+        errors.append(float((up @ down - matrix).norm()))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(errors))
+    assert errors[-1] < 0.99 * errors[0]
+    tail = scipy.linalg.svdvals(matrix.double().numpy())[5:]
+    assert errors[-1] > math.sqrt((tail**2).sum())  # Eckart and Young: none below
+    # the oracle: the rule written out entry by entry
+    x, start = matrix.double().numpy(), low_rank(matrix, 5, None, "here")[1].T.abs().numpy()
+    free = x @ start @ np.linalg.inv(start.T @ start)
+    a, b, codes = x.T @ free, free.T @ free, np.zeros_like(start)
+    for j in range(14):
+        for k in range(5):
+            top = max(a[j, k], 0) + sum(start[j, i] * max(-b[i, k], 0) for i in range(5))
+            low = max(-a[j, k], 0) + sum(start[j, i] * max(b[i, k], 0) for i in range(5))
+            codes[j, k] = start[j, k] * math.sqrt(top / low)
+    product = x @ codes @ np.linalg.inv(codes.T @ codes) @ codes.T
+    up, down = semi_nmf(matrix, 5, iterations=1)
+    np.testing.assert_allclose((up @ down).numpy(), product, atol=1e-12)
+
+
+def test_a_semi_nonnegative_matrix_of_rank_one_comes_back():
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(9, 1, generator=g) @ torch.rand(1, 7, generator=g)
+    up, down = semi_nmf(matrix, 1)
+    torch.testing.assert_close((up @ down).float(), matrix)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 32), (7, 90)])
+def test_auto_ranks_are_shares_of_the_break_even_rank(shape):
+    params = shape[0] * shape[1]
+    rank = Auto(rank=0.5).rank_for(shape)
+    assert 0.5 * params - sum(shape) * 1.5 < rank * sum(shape) <= 0.5 * params
+    assert Auto(rank=3.0).rank_for(shape) == 3
+
+
+def test_auto_leaves_what_does_not_get_smaller_or_faster(monkeypatch):
+    model = llama()
+    timed = []
+
+    def ratio(matrix, factors, tokens):
+        timed.append(tuple(matrix.shape))
+        assert (factors.shape, tokens) == (matrix.shape, 64)
+        return 0.5 if matrix.shape == (48, 32) else 0.96
+
+    monkeypatch.setattr(auto, "time_ratio", ratio)
+    lever = Auto(rank=9.0, tokens=64)
+    layers = [one for one in model.anatomy.layers() if one.block is not None]
+    choices = lever.choose(model.module, layers)
+    assert sorted(timed) == [(16, 32), (32, 32), (32, 48), (48, 32)]  # each shape once
+    assert {choice.shape for choice in choices if not choice.why} == {(48, 32)}
+    assert "factors of rank 9 take 0.96 of its time" in {choice.why for choice in choices}
+    lever.change(model, work_on(model))
+    assert all((one.shape == (48, 32)) == isinstance(held(model, one), LowRank) for one in layers)
+    assert {choice.why for choice in Auto(rank=11.0, tokens=0).choose(llama().module, layers) if choice.why} == {
+        "rank 11 saves nothing from 10.67 on"  # 16 x 32
+    }
+    with pytest.raises(OptionError, match=r"factorize.auto: none of 14 layers pays .* rank 30 saves nothing"):
+        Auto(rank=30.0, tokens=0).change(llama(), work_on(llama()))
+
+
+def held(model, one):
+    return model.module.get_submodule(one.path).weight
+
+
+@pytest.mark.parametrize("solver", ["svd", "weighted", "snmf", "random"])
+def test_every_solver_shrinks_the_model_by_the_ranks_it_says(solver):
+    model, dense, windows = llama(), llama(), ids(6)
+    lever = Auto(solver=solver, tokens=0, dtype="float32")
+    assert needs_of(lever) == ({"second_moment"} if solver == "weighted" else set())
+    lever.change(model, work_on(model, windows))
+    layers = [one for one in dense.anatomy.layers() if one.block is not None]
+    saved = sum(math.prod(one.shape) - lever.rank_for(one.shape) * sum(one.shape) for one in layers)
+    costs = [measure_cost(one.module, inputs={"input_ids": windows[:1]}) for one in (dense, model)]
+    assert costs[0].params_total - costs[1].params_total == saved > 0
+    assert costs[0].bytes - costs[1].bytes == 4 * saved
+    for one in layers:
+        matrix, found = anatomy.matrix(dense.module, one), held(model, one)
+        rank = lever.rank_for(one.shape)
+        tail = math.sqrt((scipy.linalg.svdvals(matrix.double().numpy())[rank:] ** 2).sum())
+        error = float((found.dense().detach() - matrix).norm())
+        assert error == pytest.approx(tail, rel=1e-4) if solver == "svd" else error > tail * (1 + 1e-6)
+        if solver == "snmf":
+            assert (found.down >= 0).all()
+        if solver == "random":
+            assert 0.7 < float(found.dense().detach().std() / matrix.std()) < 1.4
+
+
+def test_weighted_factors_keep_the_outputs_and_plain_ones_the_matrices():
+    windows, errors = ids(16), {}
+    dense = llama()
+    for solver in ("svd", "weighted"):
+        model = llama()
+        Auto(solver=solver, tokens=0, dtype="float32").change(model, work_on(model, windows))
+        first = next(one for one in dense.anatomy.layers() if one.block == 0)
+        moment = work_on(dense, windows).statistics({"second_moment"})[first.name].second_moment
+        matrix = anatomy.matrix(dense.module, first)
+        errors[solver] = objective(held(model, first).dense(), matrix, moment)
+    assert errors["weighted"] < 0.98 * errors["svd"]
+
+
+def test_thin_factors_are_timed_faster_and_thick_ones_slower():
+    matrix = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    thin, thick = (LowRank.nearest(matrix, rank) for rank in (8, 512))
+    assert auto.time_ratio(matrix, thin, 256, repeats=5) < 0.7 < 1.2 < auto.time_ratio(matrix, thick, 256, repeats=5)
+
+
+def test_convolutions_are_factorized_and_grouped_ones_left():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.Conv2d(16, 16, 3, groups=4))
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        thin = LowRank.nearest(module[0].weight.flatten(1), 5).dense().view_as(module[0].weight)
+        expected = module[1](torch.nn.functional.conv2d(x, thin, module[0].bias))
+    model = Model(module, None, "convolutions", "module")
+    choices = Auto(rank=5.0, dtype="float32").choose(module, model.anatomy.layers())
+    assert [choice.why for choice in choices] == ["", "is a grouped convolution"]
+    Auto(rank=5.0, dtype="float32").change(model, work_on(model))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_recipe_runs_auto_and_the_file_brings_it_back(tmp_path):
+    model, text, recipe = toys.llama(tmp_path / "model"), toys.text_file(tmp_path), tmp_path / "recipe.yaml"
+    recipe.write_text("pennyweight: 1\nsteps:\n- factorize.auto: {rank: 0.5, solver: weighted, tokens: 0}\n")
+    fitted = apply(model, recipe, data=text, out=tmp_path / "out", settings=toys.QUICK)
+    again = load(tmp_path / "out")
+    probe = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(fitted.model.module(probe).logits, again.module(probe).logits)
+    assert sum(isinstance(part, LowRank) for part in again.module.modules()) == 14

@@ -1,0 +1,74 @@
+"""Row 242, Greenformers: factors chosen in one call make an encoder faster; weighting them keeps its embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pennyweight.claims import Outcome, claim
+from pennyweight.claims.assets import Assets
+from pennyweight.claims.tiny import one_thread
+from pennyweight.levers.factorize.auto import Auto
+from pennyweight.measure import latency
+from pennyweight.measure.cost import cost
+from pennyweight.model.model import Model
+from pennyweight.work import Work
+
+_HEADLINE = "BERT-base costs over 30 % less to compute; low-rank layers for sequences up to 512 tokens (abstract)"
+
+
+def _changed(assets: Assets, lever: Auto, windows: Tensor | None = None) -> Model:
+    model = assets.minilm().fresh()
+    maps = tuple(one for one in model.anatomy.maps() if one.block is not None)
+    lever.change(model, Work(model=model, windows=windows, maps=maps))
+    return model
+
+
+def _states(model: Model, windows: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model.module(input_ids=windows).last_hidden_state
+    return found
+
+
+@claim(row=242, pace="quick", headline=_HEADLINE)
+def factors_at_half_the_break_even_rank_are_measured_faster(assets: Assets) -> Outcome:
+    """MiniLM on 2 windows of 128 tokens, one thread, timed in turns; control: a rank at which factors barely save."""
+    windows = assets.minilm().windows("wiki", part="heldout", length=128, count=2)
+    with one_thread():
+        half = _changed(assets, Auto(rank=0.5, tokens=256, dtype="float32"))
+        nearly = _changed(assets, Auto(rank=0.95, tokens=0, dtype="float32"))
+        models = (half, nearly, assets.minilm().model)
+        rounds = list(
+            latency.in_turns([lambda m=m: _states(m, windows) for m in models], repeats=8, warmup=1)  # type: ignore[misc]
+        )
+    method, control, baseline = (1e3 * torch.tensor(rounds).median(0).values).tolist()
+    saved = 1 - cost(half).params / cost(models[2]).params
+    return Outcome(
+        method=method,
+        baseline=baseline,
+        unit="ms for 256 tokens",
+        holds=method < 0.9 * baseline and 0.4 < saved < 0.6,
+        control=("95 % of the break-even rank, nothing timed", control),
+        notes=f"{100 * saved:.3g} % fewer parameters outside tables",
+    )
+
+
+@claim(row=242, pace="quick", headline=_HEADLINE)
+def factors_weighted_by_inputs_keep_embeddings_nearer(assets: Assets) -> Outcome:
+    """MiniLM at half the break-even rank, held-out text: weighted by inputs, plain, and semi-nonnegative factors."""
+    seen = assets.minilm().windows("wiki", part="calibration", length=128, count=16)
+    windows = assets.minilm().windows("wiki", part="heldout", length=128, count=8, seed=1)
+    original = _states(assets.minilm().model, windows).mean(1)
+    found = []
+    for solver in ("weighted", "svd", "snmf"):
+        model = _changed(assets, Auto(rank=0.5, solver=solver, tokens=0), seen)
+        found.append(float(1 - functional.cosine_similarity(_states(model, windows).mean(1), original).mean()))
+    method, baseline, control = found
+    return Outcome(
+        method=method,
+        baseline=baseline,
+        unit="1 - cosine of mean-pooled embeddings with the original's, held-out text",
+        holds=method < 0.7 * baseline and baseline < control,
+        control=("semi-nonnegative factors of the same rank", control),
+    )

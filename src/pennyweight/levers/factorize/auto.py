@@ -1,0 +1,176 @@
+"""Automatic factors for a whole model in one call (Greenformers).
+
+Row 242. Source: S. Cahyawijaya, "Greenformers: Improving Computation and Memory Efficiency in Transformer Models via
+Low-Rank Approximation", arXiv:2108.10808, and its library: every linear layer becomes two thin ones, every convolution
+a thin one and a 1x1 one; a rank below 1 is a share of the rank at which factors are as large as the matrix, and layers
+that would not shrink are left. Semi-nonnegative factors: see `pennyweight.solvers.semi_nmf`; factors weighted by the
+inputs: `pennyweight.solvers.low_rank`.
+Differs from the source: a layer is also left where its factors are not measured to be faster; factors share the
+singular values evenly; grouped convolutions are left; a step that would change nothing is an error.
+
+Shape letters: M out features, N in features, R rank, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.errors import OptionError
+from pennyweight.lever import at_least, between, lever, one_of, option
+from pennyweight.measure import latency
+from pennyweight.model import anatomy
+from pennyweight.model.anatomy import Map
+from pennyweight.model.model import Model
+from pennyweight.solvers.inputs import second_moment_of
+from pennyweight.solvers.low_rank import damped, low_rank
+from pennyweight.solvers.masks import DTYPES
+from pennyweight.solvers.semi_nmf import semi_nmf
+from pennyweight.weights import CompactLinear, Dense, LowRank, Weight
+from pennyweight.work import Work
+
+_NAME = "factorize.auto"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What became of a layer.
+
+    Attributes:
+        path: of the layer.
+        shape: (M, N) of its matrix.
+        rank: of the factors.
+        time: of the factors as a share of the matrix's time; None where nothing was timed.
+        why: it was left as it is; empty for a layer that is factorized.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    rank: int
+    time: float | None
+    why: str
+
+
+def break_even(shape: tuple[int, int]) -> float:
+    """The rank at which factors hold as many parameters, and take as many multiplications, as the matrix."""
+    return shape[0] * shape[1] / (shape[0] + shape[1])
+
+
+def time_ratio(matrix: Tensor, factors: LowRank, tokens: int, *, repeats: int = 10) -> float:
+    """Time of ``factors`` / time of ``matrix`` (M, N) as layers on (T, N) inputs, in turns on this machine; medians."""
+    x = torch.randn(tokens, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
+    dense = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    dense.weight = nn.Parameter(matrix, requires_grad=False)
+    thin = CompactLinear(factors)
+    with torch.inference_mode():
+        return latency.compare(lambda: dense(x), lambda: thin(x), repeats=repeats).ratio.value
+
+
+@lever(
+    _NAME,
+    reach="model",
+    row=242,
+    needs=("second_moment",),
+    paper="Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank Approximation, "
+    "arXiv:2108.10808",
+)
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """Factorize every layer that gets smaller and, measured on this machine, faster.
+
+    Exact at no rank below the break-even one, except for matrices of that rank. Embedding and head are left.
+    """
+
+    rank: float = option(0.5, at_least(0), "below 1: a share of the rank where factors save nothing; else the rank")
+    solver: Literal["svd", "weighted", "snmf", "random"] = option(
+        "svd",
+        one_of("svd", "weighted", "snmf", "random"),
+        "svd; svd weighted by the inputs (needs data); semi-nonnegative; or random factors to train from nothing",
+    )
+    iterations: int = option(10, at_least(1), "of snmf")
+    tokens: int = option(512, at_least(0), "tokens that layers are timed on; 0: time none")
+    fastest: float = option(0.95, between(0, 1), "share of the matrix's time that factors may take at most")
+    damping: float = option(1e-4, at_least(0), "weighted: added to the diagonal of the moment, as a share of its mean")
+    dtype: str = option("float16", one_of(*DTYPES), "what the factors are stored in")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that these settings read."""
+        return frozenset({"second_moment"} if self.solver == "weighted" else ())
+
+    def rank_for(self, shape: tuple[int, int]) -> int:
+        """The rank for a matrix of ``shape``, at least 1."""
+        return max(1, int(self.rank * int(break_even(shape)) if self.rank < 1 else self.rank))
+
+    def choose(self, module: nn.Module, layers: Sequence[Map]) -> list[Choice]:
+        """What `change` would do with each of ``layers``, in their order; nothing is changed.
+
+        Layers of one shape are timed once.
+        """
+        times: dict[tuple[int, int], float] = {}
+        return [self._choice(module, one, times) for one in layers]
+
+    def _choice(self, module: nn.Module, one: Map, times: dict[tuple[int, int], float]) -> Choice:
+        rank, most = self.rank_for(one.shape), break_even(one.shape)
+        if rank >= most:
+            return Choice(one.path, one.shape, rank, None, f"rank {rank} saves nothing from {most:.4g} on")
+        layer = module.get_submodule(one.path)
+        if not isinstance(layer.weight, (Tensor, Dense)):
+            return Choice(one.path, one.shape, rank, None, "is compact already")
+        if getattr(layer, "groups", 1) > 1:
+            return Choice(one.path, one.shape, rank, None, "is a grouped convolution")
+        if not self.tokens or one.kind not in ("linear", "conv1d-transposed"):
+            return Choice(one.path, one.shape, rank, None, "")
+        if one.shape not in times:
+            matrix = anatomy.matrix(module, one)
+            empty = (matrix.new_zeros(one.shape[0], rank), matrix.new_zeros(rank, one.shape[1]))
+            factors = LowRank(*(factor.to(DTYPES[self.dtype]) for factor in empty))
+            times[one.shape] = time_ratio(matrix, factors, self.tokens)
+        time = times[one.shape]
+        slow = "" if time <= self.fastest else f"factors of rank {rank} take {time:.2f} of its time"
+        return Choice(one.path, one.shape, rank, time, slow)
+
+    def change(self, model: Model, work: Work) -> None:
+        chosen = {one.path for one in work.maps if one.kind != "embedding" and one.role != "head"}
+        layers = [one for one in model.anatomy.layers() if one.path in chosen]
+        choices = self.choose(model.module, layers)
+        kept = [(one, choice) for one, choice in zip(layers, choices, strict=True) if not choice.why]
+        if not kept:
+            why = f"{choices[0].path} {choices[0].why}" if choices else "the step selects no layer"
+            raise OptionError(
+                f"{_NAME}: none of {len(choices)} layers pays ({why}); lower rank, raise fastest, or time more tokens"
+            )
+        moments: Mapping[str, Tensor] = {}
+        if self.solver == "weighted":
+            found = work.statistics({"second_moment"})
+            # parts of a fused layer read the same inputs
+            moments = {
+                one.path: second_moment_of(found[one.name], one.shape[1], _NAME)
+                for one in model.anatomy.maps()
+                if one.path in chosen and one.name in found
+            }
+        g = torch.Generator().manual_seed(work.seed)
+        for done, (one, choice) in enumerate(kept):
+            factors = self._factors(anatomy.matrix(model.module, one).float(), choice.rank, moments.get(one.path), g)
+            anatomy.replace(model.module, one.path, factors)
+            work.report("factorize", done + 1, len(kept))
+
+    def _factors(self, matrix: Tensor, rank: int, moment: Tensor | None, generator: torch.Generator) -> Weight:
+        if self.solver == "random":
+            size = math.sqrt(float(matrix.std()) / math.sqrt(rank))  # so that the product is as large as the matrix
+            up, down = (
+                (torch.randn(shape, generator=generator) * size).to(matrix)
+                for shape in ((matrix.shape[0], rank), (rank, matrix.shape[1]))
+            )
+        elif self.solver == "snmf":
+            up, down = semi_nmf(matrix, rank, iterations=self.iterations)
+        else:
+            seen = None if moment is None else damped(moment, self.damping)
+            up, down = low_rank(matrix, rank, seen, _NAME)
+        dtype = DTYPES[self.dtype]
+        return LowRank(up.to(dtype), down.to(dtype))
