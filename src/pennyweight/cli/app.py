@@ -213,15 +213,15 @@ def merge(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The directory of a fit, or any MODEL.")],
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="safetensors or gguf.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A directory; of gguf, a file that ends in .gguf.")],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="safetensors, gguf or onnx.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A directory; else a file that ends in .gguf or .onnx.")],
     dtype: Annotated[
         str | None,
         typer.Option(help="Round to f32, f16, bf16; of gguf also q8_0, and only what its blocks do not hold."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a model for another engine: transformers as it is (safetensors) or llama.cpp (gguf)."""
+    """Write a model for another engine: transformers as it is (safetensors), llama.cpp (gguf) or ONNX."""
     from pennyweight.export import export
 
     print(export(model, format, out, dtype=dtype, overwrite=overwrite).words)

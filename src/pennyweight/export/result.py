@@ -16,9 +16,10 @@ class Exported:
 
     Attributes:
         path: the file or directory.
-        format: "safetensors" or "gguf".
+        format: "safetensors", "gguf" or "onnx".
         bytes: of all its files.
-        kinds: what each tensor is stored as, by its name in the file: "Q4_0", "F32", "bfloat16", ...
+        kinds: what each tensor is stored as, by its name in the file (ONNX: constants among them): "Q4_0", "F32",
+            "bfloat16", ...
         loss: of each tensor that was rounded on the way, the relative Frobenius error; empty when nothing was.
     """
 
@@ -36,6 +37,4 @@ class Exported:
         if not self.loss:
             return said + "every value as it was"
         worst = max(self.loss, key=lambda name: self.loss[name])
-        return said + (
-            f"{len(self.loss)} of {len(self.kinds)} rounded, relative error {self.loss[worst]:.2g} at most ({worst})"
-        )
+        return f"{said}{len(self.loss)} rounded, relative error {self.loss[worst]:.2g} at most ({worst})"
