@@ -18,7 +18,7 @@ from pennyweight.errors import DataError, OptionError
 from pennyweight.lever import candidates_of, find, make, needs_of
 from pennyweight.levers.factorize import auto
 from pennyweight.levers.factorize.auto import Auto
-from pennyweight.levers.factorize.monarch import MonarchProjection, nearest_outputs
+from pennyweight.levers.factorize.monarch import MonarchProjection, drawn, multiply_out, nearest_outputs
 from pennyweight.levers.factorize.roast import Roast, scaling, share
 from pennyweight.levers.factorize.roast import load as load_of
 from pennyweight.measure.cost import cost as measure_cost
@@ -134,6 +134,25 @@ def test_offers_only_what_divides_and_saves():
     assert {lever.blocks for lever in candidates_of(find("factorize.monarch"), (384, 1536))} == {4, 8}
     assert needs_of(MonarchProjection(rank=1)) == {"second_moment"}
     assert needs_of(MonarchProjection(rank=1, whiten=False)) == set()
+
+
+def test_drawn_monarch_weights_have_the_size_asked_for_and_multiply_out_to_the_same_function():
+    g, module = torch.Generator().manual_seed(0), llama().module
+    weight = drawn((96, 64), blocks=4, rank=3, size=0.05, generator=g)
+    assert weight.cost().params == 4 * 3 * (96 + 64)
+    assert float(weight.dense().detach().square().mean().sqrt()) == pytest.approx(0.05, rel=0.1)
+    paths = [one.path for one in anatomy.of(module).layers() if one.shape == (48, 32)]
+    for path in paths:
+        anatomy.replace(module, path, drawn((48, 32), blocks=4, rank=2, size=0.2, generator=g))
+    windows = ids(2)
+    with torch.no_grad():
+        before = module(input_ids=windows).logits
+        assert multiply_out(module) == paths
+        torch.testing.assert_close(module(input_ids=windows).logits, before)
+    assert all(isinstance(module.get_submodule(path).weight, Dense) for path in paths)
+    assert all(module.get_submodule(path).weight.matrix.requires_grad for path in paths)
+    with pytest.raises(OptionError, match="no layer holds a Monarch weight"):
+        multiply_out(module)
 
 
 @pytest.mark.parametrize(

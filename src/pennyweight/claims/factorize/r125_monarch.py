@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pennyweight.calibrate import collect
 from pennyweight.claims import Outcome, claim
 from pennyweight.claims.assets import Assets
-from pennyweight.levers.factorize.monarch import MonarchProjection
+from pennyweight.claims.tiny import gpt, held_out_losses, one_thread, trainer
+from pennyweight.levers.factorize.monarch import MonarchProjection, drawn, multiply_out
 from pennyweight.levers.factorize.svd import SVD
+from pennyweight.model import anatomy
+from pennyweight.train.schedules import cosine
 from pennyweight.weights import Dense, LowRank, Monarch
 
 _HEADLINE = "twice as fast to train at comparable quality (GPT-2, ViT); the projection of a dense matrix is closed form"
@@ -81,4 +84,45 @@ def weighting_a_monarch_by_its_inputs_lowers_the_error_of_outputs(assets: Assets
         unit="relative error of a map's outputs at half the parameters, held-out text, mean over maps",
         holds=method < 0.9 * baseline,
         control=("low rank of equal parameters, weighted too", control),
+    )
+
+
+def _sparse(width: int) -> nn.Module:
+    """A GPT of bytes whose blocks hold random Monarch matrices of a quarter of the parameters."""
+    module, g = gpt(width=width), torch.Generator().manual_seed(0)
+    for one in anatomy.of(module).layers():
+        if one.block is not None and one.kind != "embedding":
+            rank = MonarchProjection(blocks=4, density=0.25).rank_for(one.shape)
+            size = float(anatomy.matrix(module, one).square().mean().sqrt())
+            anatomy.replace(module, one.path, drawn(one.shape, blocks=4, rank=rank, size=size, generator=g))
+    return module
+
+
+@claim(row=125, pace="quick", headline=_HEADLINE)
+def a_monarch_goes_on_as_a_dense_network(assets: Assets) -> Outcome:
+    """A GPT of bytes, 120 steps sparse, then 60 dense; baseline: all of them sparse; control: all dense."""
+    with one_thread():
+
+        def descend(module: nn.Module, steps: int, peak: float) -> float:
+            trainer(module, cosine(steps, 10, peak=peak), batch=16).run(steps)
+            return float(held_out_losses(module).mean())
+
+        sparse = _sparse(64)
+        before = descend(sparse, 120, 5e-3)
+        multiply_out(sparse)
+        at_once = float(held_out_losses(sparse).mean())
+        method = descend(sparse, 60, 2.5e-3)
+        going_on = _sparse(64)
+        descend(going_on, 120, 5e-3)
+        baseline = descend(going_on, 60, 2.5e-3)
+        whole = gpt(width=64)
+        descend(whole, 120, 5e-3)
+        control = descend(whole, 60, 2.5e-3)
+    return Outcome(
+        method=method,
+        baseline=baseline,
+        unit="nats a byte after 180 steps, held out",
+        holds=abs(at_once - before) < 1e-4 and method < baseline,
+        control=("dense from the start", control),
+        notes=f"loss at the switch: {before:.6g} sparse, {at_once:.6g} dense",
     )

@@ -6,6 +6,8 @@ each one gives the nearest Monarch matrix in closed form.
 Differs from the source: blocks may be rectangular and sub-blocks of any rank; and nearness may be that of the outputs
 on calibration data. That one is no closed form, for inputs of different blocks are correlated: the first factor is the
 best one for uncorrelated blocks, and the second is then the best one for it, by least squares over all inputs.
+`drawn` and `multiply_out` are for the paper's other two uses: sparse training from nothing, and reverse sparsification,
+where a network trained with Monarch matrices goes on as a dense one.
 
 Shape letters: M out features, N in features, K blocks of inputs of width P, L blocks of outputs of height S, R rank of
 a sub-block.
@@ -17,16 +19,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pennyweight.damage import Prediction, damage
 from pennyweight.errors import DataError, OptionError
 from pennyweight.lever import at_least, between, lever, one_of, option
+from pennyweight.model import anatomy
 from pennyweight.solvers.inputs import matrix_of, second_moment_of
 from pennyweight.solvers.low_rank import damped
 from pennyweight.solvers.masks import DTYPES
 from pennyweight.statistics import Statistics
-from pennyweight.weights import Monarch, Weight
+from pennyweight.weights import CompactLinear, Dense, Monarch, Weight
 
 
 @lever(
@@ -165,3 +168,36 @@ def nearest_outputs(matrix: Tensor, moment: Tensor, *, blocks: int, rank: int) -
     # a pseudo-inverse: sub-blocks of less than rank R leave places in the middle that are always zero
     second = wanted @ torch.linalg.pinv(among, rtol=1e-13, hermitian=True)
     return down.permute(1, 2, 0, 3).reshape(k, rank * into, width), second
+
+
+def drawn(shape: tuple[int, int], *, blocks: int, rank: int, size: float, generator: torch.Generator) -> Monarch:
+    """A random Monarch weight of float32, to train from nothing; its entries have the root mean square ``size``."""
+    rows, columns = shape
+    own = (size / rank**0.5) ** 0.5  # an entry is a sum of ``rank`` products
+    first = torch.randn(blocks, rank * blocks, columns // blocks, generator=generator) * own
+    second = torch.randn(blocks, rows // blocks, rank * blocks, generator=generator) * own
+    return Monarch(first, second)
+
+
+@torch.no_grad()
+def multiply_out(module: nn.Module) -> list[str]:
+    """Make every Monarch weight of ``module`` dense, in place; the same function up to rounding.
+
+    Returns:
+        The paths of the layers, whose parameters are new ones: make the optimizer anew.
+
+    Raises:
+        OptionError: there is no Monarch weight.
+    """
+    paths = [
+        path
+        for path, layer in module.named_modules()
+        if isinstance(layer, CompactLinear) and isinstance(layer.weight, Monarch)
+    ]
+    if not paths:
+        raise OptionError("factorize.monarch: no layer holds a Monarch weight; nothing is to be multiplied out")
+    for path in paths:
+        weight = module.get_submodule(path).weight
+        assert isinstance(weight, Monarch)
+        anatomy.replace(module, path, Dense(weight.dense().detach()))
+    return paths
