@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import pennyweight as pw
 from pennyweight.cli import main
 from pennyweight.errors import ModelError, OptionError, OutputError
-from pennyweight.export import GRIDS, Blocks, blocks_of, gguf_tokens
+from pennyweight.export import GRIDS, Blocks, blocks_of, gguf_tokens, onnx_out
 from pennyweight.levers.quantize.rtn import RTN
 from pennyweight.model import anatomy, assets
 from pennyweight.model.experts import split_experts
@@ -384,7 +384,7 @@ def test_a_graph_that_holds_for_its_trace_only_is_refused(tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_what_onnx_does_not_hold_is_refused(tmp_path: Path) -> None:
+def test_what_onnx_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "m.onnx"
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
@@ -396,6 +396,10 @@ def test_what_onnx_does_not_hold_is_refused(tmp_path: Path) -> None:
         pw.export(toy(), "onnx", out, dtype="bf16")
     with pytest.raises(OptionError, match=r"ends in \.onnx"):
         pw.export(toy(), "onnx", tmp_path / "m")
+    monkeypatch.setattr(onnx_out, "_MOST_BYTES", 200_000)
+    with pytest.raises(ModelError, match="toy: 280 kB in float32 exceed the 2 GiB"):
+        pw.export(toy(), "onnx", out)
+    assert not list(tmp_path.iterdir())
 
 
 # what cannot be kept

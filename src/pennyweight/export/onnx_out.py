@@ -27,10 +27,11 @@ from pennyweight.export.plain import check_plain
 from pennyweight.export.result import Exported
 from pennyweight.model.experts import SplitExperts
 from pennyweight.model.loading import load
-from pennyweight.model.model import Model, parameters
+from pennyweight.model.model import Model
 from pennyweight.model.saving import save
 from pennyweight.model.sites import expert_stacks
 from pennyweight.safe_write import write_file
+from pennyweight.units import show_bytes
 
 _TEXT = ("causal-lm", "masked-lm", "encoder", "classifier")
 _MOST_BYTES = 2**31 - 2**20  # of one protocol buffer, with room for the graph
@@ -67,12 +68,13 @@ def to_onnx(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
         raise ModelError(
             f"{model.name}: which expert a token takes is no part of a traced graph; choose another format"
         )
-    if 4 * parameters(module) > _MOST_BYTES:
-        raise ModelError(f"{model.name}: {parameters(module)} parameters in float32 exceed the 2 GiB of an ONNX file")
     loss = rounding(module, torch.float32, model.name)
     with TemporaryDirectory() as aside:
         save(model, Path(aside) / "dense", dense=True)
         dense: Any = load(Path(aside) / "dense").module
+    held = 4 * sum(tensor.numel() for tensor in dense.state_dict().values())  # a tied head is written again, turned
+    if held > _MOST_BYTES:
+        raise ModelError(f"{model.name}: {show_bytes(held)} in float32 exceed the 2 GiB of an ONNX file")
     if model.kind in _TEXT:
         with _hushed():  # some architectures have but one, and say so
             dense.set_attn_implementation("eager")  # others choose by the values of the mask, which a trace freezes
