@@ -16,6 +16,7 @@ from pennyweight.recipe import Recipe, Step, shorten
 
 @pytest.fixture(autouse=True, scope="module")
 def _levers_of_this_test() -> Iterator[None]:
+    registry.load_rooms()  # a module imported later would register once, and be forgotten below
     kept = dict(registry._REGISTRY)
 
     @lever("trial.round", reach="weight", row=118)

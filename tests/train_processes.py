@@ -3,11 +3,13 @@
 Not a test: each process trains its share of the joined batch, and the first writes the weights.
 """
 
+import gc
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pennyweight.levers.prune.gradual import CubicSchedule, GradualPruning
 from pennyweight.model import safetensors_file
@@ -60,6 +62,10 @@ def main(out: Path) -> None:
             assert torch.equal(tensor, module.state_dict()[name]), name
         if rank == 0:
             (out / "resumed").touch()
+        assert any(type(one) is DistributedDataParallel for one in gc.get_objects())
+    # what holds the group is gone with it, though the trainers live on
+    assert not any(type(one) is DistributedDataParallel for one in gc.get_objects())
+    assert run.steps == fresh.steps == 8
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import logging
 import re
-import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +31,7 @@ from torch.nn import functional
 
 from pennyweight.errors import BudgetError, DataError, MissingExtraError, ModelError, OptionError
 from pennyweight.evaluate.forward import first_tensor, looking
+from pennyweight.export.onnx_out import hushed
 from pennyweight.lever import make
 from pennyweight.measure import latency
 from pennyweight.measure.stats import Interval
@@ -251,15 +250,15 @@ def _cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
 # -- engines -----------------------------------------------------------------------------------------------------------
 
 
-class _Runner:
+class _Runner(ABC):
     """Runs one format: pixels (B, C, H, W) -> logits (B, K)."""
 
     backend: str
     file: bytes | None = None
     bytes: int
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, pixels: Tensor) -> Tensor: ...
 
 
 class _Torch(_Runner):
@@ -333,24 +332,11 @@ def _dense(module: nn.Module) -> nn.Module:
 
 def _export(module: nn.Module, pixels: Tensor, path: Path) -> None:
     names = [f"output{index}" for index in range(_outputs(module, pixels))]
-    with _hushed():  # the exporter that torch now prefers needs a further package
+    with hushed():  # the exporter that torch now prefers needs a further package
         torch.onnx.export(
             module, (pixels,), str(path), input_names=["pixels"], output_names=names, dynamo=False, opset_version=17,
             dynamic_axes={"pixels": {0: "batch"}, **{name: {0: "batch"} for name in names}},
         )  # fmt: skip
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """No advice of the exporters, which nobody here can follow."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _outputs(module: nn.Module, pixels: Tensor) -> int:
@@ -372,7 +358,7 @@ def _integers(path: Path, images: Tensor) -> Path:
             return None if part is None else {"pixels": part.numpy()}
 
     made = path.with_name("int8.onnx")
-    with _hushed():
+    with hushed():
         quantize_static(
             str(path), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
             weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,

@@ -110,7 +110,7 @@ class Recipe:
         Raises:
             RecipeError: text that is not a recipe; the message names the step and, where it can, the remedy.
         """
-        found = _load(text, source)
+        found = load_yaml(text, source)
         if not isinstance(found, dict) or _KEY not in found:
             raise RecipeError(f"{source}: not a recipe; it begins with `{_KEY}: {FORMAT}` and then has `steps:`")
         if found[_KEY] != FORMAT or isinstance(found[_KEY], bool):
@@ -322,7 +322,12 @@ def _step(found: Any, where: str) -> Step:
     return Step(lever, tuple(patterns))
 
 
-def _load(text: str, source: str) -> Any:
+def load_yaml(text: str, source: str) -> Any:
+    """YAML of plain values, every key once.
+
+    Raises:
+        RecipeError: anything else; the message says where.
+    """
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:

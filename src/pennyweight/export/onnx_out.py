@@ -76,7 +76,7 @@ def to_onnx(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
     if held > _MOST_BYTES:
         raise ModelError(f"{model.name}: {show_bytes(held)} in float32 exceed the 2 GiB of an ONNX file")
     if model.kind in _TEXT:
-        with _hushed():  # some architectures have but one, and say so
+        with hushed():  # some architectures have but one, and say so
             dense.set_attn_implementation("eager")  # others choose by the values of the mask, which a trace freezes
     names = ("pixel_values",) if model.kind == "image-classifier" else ("input_ids", "attention_mask")
     bare = _Bare(dense, names, {"use_cache": False} if model.kind == "causal-lm" else {}).eval()
@@ -87,7 +87,7 @@ def to_onnx(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
 
     def fill(written: str) -> None:
         try:
-            with _hushed(), torch.no_grad():  # the exporter that torch now prefers needs a further package
+            with hushed(), torch.no_grad():  # the exporter that torch now prefers needs a further package
                 torch.onnx.export(
                     bare, _example(dense.config, names, 2, 8), written, input_names=list(names), output_names=[result],
                     dynamo=False, opset_version=18, dynamic_axes=axes,
@@ -157,8 +157,8 @@ def _kinds(written: str) -> dict[str, str]:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """No advice of the exporter, which nobody here can follow."""
+def hushed() -> Iterator[None]:
+    """No advice of exporters, which nobody here can follow."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

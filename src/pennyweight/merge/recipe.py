@@ -40,7 +40,7 @@ from pennyweight.merge.ties import Ties
 from pennyweight.merge.whole import Expert, Transport
 from pennyweight.model.loading import load
 from pennyweight.model.saving import save
-from pennyweight.recipe import _load as load_yaml
+from pennyweight.recipe import load_yaml
 from pennyweight.safe_write import check_free
 from pennyweight.units import Quantity
 

@@ -13,7 +13,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pennyweight.errors import DataError
+from pennyweight.errors import DataError, OptionError
+
+
+def check_one_size(rank: float | None, density: float | None, where: str) -> None:
+    """Refuse factors whose size is said twice or not at all.
+
+    Raises:
+        OptionError: both or neither.
+    """
+    if (rank is None) == (density is None):
+        both = "neither rank nor density" if rank is None else f"rank = {rank} and density = {density}"
+        raise OptionError(f"{where}: {both}; give one of the two")
 
 
 @torch.no_grad()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
+
+_parting: list[WeakMethod[Callable[[], None]]] = []
 
 
 def rank() -> int:
@@ -25,6 +29,15 @@ def joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def at_parting(release: Callable[[], None]) -> None:
+    """Call a method, if its object still lives, before the processes part: it lets go of what holds the group.
+
+    A group that outlives Python itself, in a ``DistributedDataParallel`` that nothing has collected yet, takes its
+    process down with SIGABRT now and then, after all work was done.
+    """
+    _parting.append(WeakMethod(release))
+
+
 @contextmanager
 def processes(backend: str | None = None) -> Iterator[int]:
     """Join the processes of a ``torchrun``; yields the rank (0 alone, without it).
@@ -40,4 +53,9 @@ def processes(backend: str | None = None) -> Iterator[int]:
         yield dist.get_rank()
         dist.barrier()  # who leaves while another still talks to it takes that one's threads down
     finally:
+        for method in _parting:
+            if (release := method()) is not None:
+                release()
+        _parting.clear()
+        gc.collect()  # its reducers lie in cycles
         dist.destroy_process_group()

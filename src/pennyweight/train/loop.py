@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from pennyweight.errors import ModelError, OptionError, ShapeError
 from pennyweight.train import checkpoint
-from pennyweight.train.distributed import rank, world
+from pennyweight.train.distributed import at_parting, rank, world
 from pennyweight.train.samples import Batch, Stream
 from pennyweight.train.schedules import Schedule
 
@@ -100,7 +100,10 @@ class Trainer:
         self.device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 or (dtype == "auto" and _native(self.device)) else None
         self.steps = self.samples = self.tokens = 0
-        self._called: nn.Module = DistributedDataParallel(module) if world() > 1 else module
+        self._called: nn.Module = module
+        if world() > 1:
+            self._called = DistributedDataParallel(module)
+            at_parting(self._alone)
         self._weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         optimizer.zero_grad(set_to_none=True)
 
@@ -175,6 +178,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for callback in self.callbacks:
             callback.step()
+
+    def _alone(self) -> None:
+        self._called = self.module
 
     def _waiting(self, more: bool) -> AbstractContextManager[Any]:
         """Gradients are summed over processes once a step, with those of the last part."""

@@ -62,7 +62,7 @@ class _Projected(Optimizer):
         self, weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> tuple[Tensor, float]:
         """The step before projection, which is done in its memory, and what it is multiplied by."""
-        raise NotImplementedError
+        raise NotImplementedError  # each optimizer of this file has its own; the base is never made
 
     def _decay_factor(self, group: dict[str, Any]) -> float:
         return 1.0

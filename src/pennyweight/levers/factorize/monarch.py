@@ -26,7 +26,7 @@ from pennyweight.errors import DataError, OptionError
 from pennyweight.lever import at_least, between, lever, one_of, option
 from pennyweight.model import anatomy
 from pennyweight.solvers.inputs import matrix_of, second_moment_of
-from pennyweight.solvers.low_rank import damped
+from pennyweight.solvers.low_rank import check_one_size, damped
 from pennyweight.solvers.masks import DTYPES
 from pennyweight.statistics import Statistics
 from pennyweight.weights import CompactLinear, Dense, Monarch, Weight
@@ -58,11 +58,7 @@ class MonarchProjection:
     dtype: str = option("float16", one_of(*DTYPES), "what the factors are stored in")
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.density is None):
-            both = (
-                "neither rank nor density" if self.rank is None else f"rank = {self.rank} and density = {self.density}"
-            )
-            raise OptionError(f"factorize.monarch: {both}; give one of the two")
+        check_one_size(self.rank, self.density, "factorize.monarch")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -16,7 +16,7 @@ import torch
 from pennyweight.errors import OptionError
 from pennyweight.lever import at_least, between, lever, one_of, option
 from pennyweight.solvers.inputs import matrix_of, second_moment_of
-from pennyweight.solvers.low_rank import damped, low_rank
+from pennyweight.solvers.low_rank import check_one_size, damped, low_rank
 from pennyweight.solvers.masks import DTYPES
 from pennyweight.statistics import Statistics
 from pennyweight.weights import LowRank, Weight
@@ -47,11 +47,7 @@ class SVD:
     dtype: str = option("float16", one_of(*DTYPES), "what the factors are stored in")
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.density is None):
-            both = (
-                "neither rank nor density" if self.rank is None else f"rank = {self.rank} and density = {self.density}"
-            )
-            raise OptionError(f"factorize.svd: {both}; give one of the two")
+        check_one_size(self.rank, self.density, "factorize.svd")
 
     @property
     def needs(self) -> frozenset[str]:
