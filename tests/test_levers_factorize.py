@@ -54,6 +54,21 @@ def test_whitening_trades_the_matrix_for_the_outputs(shape):
     assert seen.error(matrix) > plain.error(matrix)
 
 
+@pytest.mark.parametrize("shape", [(120, 40), (40, 120)])
+def test_predictions_are_those_of_the_solved_matrix(shape):
+    matrix, statistics = problem(*shape)  # 120 rows: more than the planner would sample
+    settings = [*SVD.candidates(shape), SVD(rank=3), SVD(density=0.5, whiten=False)]
+    found = SVD.predict(settings, Dense(matrix), statistics)
+    for setting, prediction in zip(settings, found, strict=True):
+        solved = setting.solve(Dense(matrix), statistics)
+        assert prediction.lever is setting
+        assert prediction.cost == solved.cost()
+        error = (solved.dense().detach() - matrix).double()
+        wanted = 0.5 * ((error @ statistics.second_moment.double() * error).sum(1) @ statistics.gradient.double())
+        # the directions are solved in two sizes and rounded to 16 bits after that
+        assert prediction.damage == pytest.approx(float(wanted), rel=2e-2)
+
+
 def test_density_counts_parameters():
     matrix, statistics = problem(40, 60)
     for density in (0.1, 0.5, 1.0):

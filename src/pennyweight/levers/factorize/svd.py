@@ -8,11 +8,13 @@ Differs from the source: see `pennyweight.solvers.low_rank`; factors are balance
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from pennyweight.damage import Prediction, damage
 from pennyweight.errors import OptionError
 from pennyweight.lever import at_least, between, lever, one_of, option
 from pennyweight.solvers.inputs import matrix_of, second_moment_of
@@ -79,14 +81,38 @@ class SVD:
 
     @torch.no_grad()
     def solve(self, weight: Weight, statistics: Statistics) -> Weight:
-        matrix = matrix_of(weight, "factorize.svd")
+        return self._rounded(*self._factors(matrix_of(weight, "factorize.svd"), statistics))
+
+    def _factors(self, matrix: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """(M, R) and (R, N) in double, in order: the first r directions of them are the factors of rank r."""
         rank = self.rank_for((matrix.shape[0], matrix.shape[1]))
         moment = None
         if self.whiten:
             moment = damped(second_moment_of(statistics, matrix.shape[1], "factorize.svd"), self.damping)
-        up, down = low_rank(matrix, rank, moment, "factorize.svd")
+        return low_rank(matrix, rank, moment, "factorize.svd")
+
+    def _rounded(self, up: Tensor, down: Tensor) -> LowRank:
         dtype = DTYPES[self.dtype]
         return LowRank(up.to(dtype), down.to(dtype))
+
+    @classmethod
+    @torch.no_grad()
+    def predict(cls, settings: Sequence[SVD], weight: Weight, statistics: Statistics) -> list[Prediction]:
+        """Predictions from the whole matrix, factorized once for all ranks: a few of its rows have another rank."""
+        matrix = matrix_of(weight, "factorize.svd")
+        shape = (matrix.shape[0], matrix.shape[1])
+        largest: dict[tuple[bool, float], SVD] = {}
+        for setting in settings:
+            seen = (setting.whiten, setting.damping)
+            largest[seen] = max(setting, largest.get(seen, setting), key=lambda one: one.rank_for(shape))
+        factors = {seen: setting._factors(matrix, statistics) for seen, setting in largest.items()}
+        found = []
+        for setting in settings:
+            up, down = factors[setting.whiten, setting.damping]
+            rank = setting.rank_for(shape)
+            solved = setting._rounded(up[:, :rank], down[:rank])
+            found.append(Prediction(setting, solved.cost(), damage(solved.dense().float() - matrix, statistics)))
+        return found
 
     @classmethod
     def candidates(cls, shape: tuple[int, int]) -> Iterator[SVD]:
