@@ -13,12 +13,13 @@ from torch import nn
 
 from pennyweight.errors import OptionError, ShapeError
 from pennyweight.lever import make
-from pennyweight.levers.prune.gradual import CubicSchedule, GradualPruning
+from pennyweight.levers.prune.gradual import GradualPruning
 from pennyweight.levers.prune.magnitude import Magnitude
 from pennyweight.levers.prune.sparsegpt import SparseGPT
 from pennyweight.levers.prune.wanda import Wanda
 from pennyweight.solvers.masks import patterned, smallest
 from pennyweight.statistics import NO_STATISTICS, Statistics
+from pennyweight.train.sparsity_schedules import CubicSchedule
 from pennyweight.weights import Dense, NofM, Quantized, Sparse
 
 PATTERNS = [("2:4", (2, 4)), ("1:4", (1, 4)), ("4:8", (4, 8))]

@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from pennyweight.errors import DataError, ModelError, OptionError, OutputError, ShapeError
 from pennyweight.evaluate.perplexity import token_losses
-from pennyweight.levers.prune.gradual import CubicSchedule, GradualPruning
+from pennyweight.levers.prune.gradual import GradualPruning
 from pennyweight.model import anatomy, safetensors_file
 from pennyweight.train import Samples, Trainer, byte_windows, next_token_loss, two_stage
 from pennyweight.train.optim import SGDP, AdamP
 from pennyweight.train.schedules import constant, power, wsd
+from pennyweight.train.sparsity_schedules import CubicSchedule
 from pennyweight.zoo.gpt import GPT, GPTConfig
 
 WINDOWS = torch.randint(0, 64, (40, 17), generator=torch.Generator().manual_seed(1))

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pennyweight.levers.prune.gradual import CubicSchedule, GradualPruning
+from pennyweight.levers.prune.gradual import GradualPruning
 from pennyweight.model import safetensors_file
 from pennyweight.train import Samples, Trainer, processes
 from pennyweight.train.schedules import wsd
+from pennyweight.train.sparsity_schedules import CubicSchedule
 
 
 def network() -> nn.Module:

@@ -6,14 +6,15 @@ Shape letters: M out features, N in features.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pennyweight.errors import OptionError
+from pennyweight.errors import OptionError, ShapeError
 from pennyweight.weights.sparse import NofM, Sparse
 
 #: What kept values are stored in. A float16 holds a weight eight times as finely as a bfloat16.
@@ -82,6 +83,77 @@ def pruned_mask(scores: Tensor, sparsity: float, pattern: str | None, *, by_row:
     if by_row:
         return smallest(scores, share(sparsity, scores.shape[1]))
     return smallest(scores.reshape(-1), share(sparsity, scores.numel())).view(scores.shape)
+
+
+Scope = Literal["matrix", "row", "global"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which weights are kept, by their scores: the one top-k of all that prune.
+
+        masks = Selection(sparsity=0.5, scope="global").kept([matrix.abs() for matrix in matrices])
+
+    Attributes:
+        sparsity: share of zeros; None: what the pattern says.
+        pattern: "2:4" keeps 2 of every 4 neighbors in a row; None: anywhere in the scope.
+        scope: within what the share is met: each matrix, each row, or all matrices together. Not with a pattern.
+        block: neighbors in a row that stay or go together, by the sum of their scores. Not with a pattern.
+        nearest: round the number of zeros to the nearest, not down as the official codes do.
+
+    Raises:
+        OptionError: neither share nor pattern, both and at odds, or options that a pattern leaves without effect.
+    """
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    scope: Scope = "matrix"
+    block: int = 1
+    nearest: bool = False
+
+    def __post_init__(self) -> None:
+        where = "selection"
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise OptionError(f"{where}: sparsity = {self.sparsity}; give a share of zeros within 0 to 1")
+        sparsity_of(self.sparsity, self.pattern, where)
+        if self.scope not in ("matrix", "row", "global") or self.block < 1:
+            raise OptionError(
+                f"{where}: scope {self.scope!r}, block {self.block}; give matrix, row or global, and 1 or more"
+            )
+        if self.pattern is not None and (self.scope != "matrix" or self.block != 1):
+            raise OptionError(f"{where}: scope and block have no effect with pattern {self.pattern}; leave them out")
+
+    def kept(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """The mask (M, N) of each matrix of scores (M, N), True where kept; the first of equal scores go first.
+
+        Raises:
+            OptionError: a width that the pattern or the block does not divide.
+        """
+        if self.pattern is not None:
+            return [~pruned_mask(one, 0.0, self.pattern, by_row=False, where="selection") for one in scores]
+        assert self.sparsity is not None
+        summed = [self._blocks(one) for one in scores]
+        if self.scope == "row":
+            found = [smallest(one, self._count(one.shape[-1])) for one in summed]
+        elif self.scope == "matrix":
+            found = [smallest(one.flatten(), self._count(one.numel())).view_as(one) for one in summed]
+        else:
+            sizes = [one.numel() for one in summed]
+            together = smallest(torch.cat([one.flatten() for one in summed]), self._count(sum(sizes)))
+            parts = torch.split(together, sizes)
+            found = [part.view_as(one) for part, one in zip(parts, summed, strict=True)]
+        return [~one.repeat_interleave(self.block, dim=1) for one in found]
+
+    def _blocks(self, scores: Tensor) -> Tensor:
+        if scores.ndim != 2:
+            raise ShapeError(f"selection: scores of shape {tuple(scores.shape)}; give (out, in)")
+        if scores.shape[1] % self.block:
+            raise OptionError(f"selection: blocks of {self.block} do not divide the {scores.shape[1]} inputs")
+        return scores if self.block == 1 else scores.view(len(scores), -1, self.block).sum(-1)
+
+    def _count(self, total: int) -> int:
+        assert self.sparsity is not None
+        return round(self.sparsity * total) if self.nearest else share(self.sparsity, total)
 
 
 def sparse(matrix: Tensor, pruned: Tensor, pattern: str | None, dtype: str) -> Sparse | NofM:

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from pennyweight.claims import Outcome, claim, tiny
 from pennyweight.claims.assets import Assets
-from pennyweight.levers.prune.gradual import CubicSchedule, GradualPruning
+from pennyweight.levers.prune.gradual import GradualPruning
 from pennyweight.measure import stats
 from pennyweight.model import anatomy
 from pennyweight.solvers.masks import smallest
 from pennyweight.train.schedules import wsd
+from pennyweight.train.sparsity_schedules import CubicSchedule
 from pennyweight.zoo.gpt import GPT
 
 _SEEDS = (0, 1, 2)

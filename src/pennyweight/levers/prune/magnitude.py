@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pennyweight.lever import ANY, between, lever, one_of, option
 from pennyweight.solvers.inputs import prunable
 from pennyweight.solvers.masks import DTYPES, pruned_mask, settings_worth_offering, sparse, sparsity_of
+from pennyweight.solvers.scores import magnitude
 from pennyweight.statistics import Statistics
 from pennyweight.weights import Weight
 
@@ -41,7 +42,7 @@ class Magnitude:
     def solve(self, weight: Weight, statistics: Statistics) -> Weight:
         matrix = prunable(weight, "prune.magnitude")
         sparsity = sparsity_of(self.sparsity, self.pattern, "prune.magnitude")
-        pruned = pruned_mask(matrix.abs(), sparsity, self.pattern, by_row=False, where="prune.magnitude")
+        pruned = pruned_mask(magnitude(matrix), sparsity, self.pattern, by_row=False, where="prune.magnitude")
         return sparse(matrix, pruned, self.pattern, self.dtype)
 
     @classmethod

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pennyweight.lever import ANY, between, lever, one_of, option
-from pennyweight.solvers.inputs import prunable, second_moment_of
+from pennyweight.solvers.inputs import prunable
 from pennyweight.solvers.masks import DTYPES, pruned_mask, settings_worth_offering, sparse, sparsity_of
+from pennyweight.solvers.scores import wanda
 from pennyweight.statistics import Statistics
 from pennyweight.weights import Weight
 
@@ -41,8 +42,8 @@ class Wanda:
     def solve(self, weight: Weight, statistics: Statistics) -> Weight:
         matrix = prunable(weight, "prune.wanda")
         sparsity = sparsity_of(self.sparsity, self.pattern, "prune.wanda")
-        norm = second_moment_of(statistics, matrix.shape[1], "prune.wanda").diagonal().sqrt()
-        pruned = pruned_mask(matrix.abs() * norm, sparsity, self.pattern, by_row=True, where="prune.wanda")
+        scores = wanda(matrix, statistics, "prune.wanda")
+        pruned = pruned_mask(scores, sparsity, self.pattern, by_row=True, where="prune.wanda")
         return sparse(matrix, pruned, self.pattern, self.dtype)
 
     @classmethod
