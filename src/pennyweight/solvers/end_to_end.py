@@ -20,7 +20,7 @@ from pennyweight.errors import DataError, OptionError
 from pennyweight.evaluate.forward import device_of, first_tensor, looking, run
 from pennyweight.model.model import Model
 from pennyweight.train import Samples, Trainer
-from pennyweight.train.loop import Loss
+from pennyweight.train.loop import Callback, Loss
 from pennyweight.train.schedules import cosine
 
 Target = Literal["text", "original"]
@@ -86,6 +86,7 @@ def train(
     clip: float | None = None,
     seed: int = 0,
     report: Report | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """Train the parameters of ``groups`` in place, for ``steps`` of AdamW along a cosine to a twentieth of each rate.
 
@@ -102,6 +103,7 @@ def train(
         clip: largest norm of the gradient.
         seed: of the order.
         report: called with the steps done and all of them.
+        callbacks: called after each step, in order.
 
     Raises:
         ModelError: a loss that is not finite.
@@ -118,7 +120,7 @@ def train(
         trainer = Trainer(
             still, torch.optim.AdamW(parameters), Samples(windows, seed=seed), batch=min(batch, len(windows)),
             loss=lambda _, samples: loss(module, samples), schedule=cosine(steps, warmup * steps, floor=0.05),
-            clip=clip, dtype="auto",
+            clip=clip, dtype="auto", callbacks=callbacks,
         )  # fmt: skip
         trainer.run(steps, report=None if report is None else lambda done, _: report(done, steps))
 
