@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 VERBS = {
     "apply": ("pennyweight.apply", "apply"),
     "compare": ("pennyweight.compare", "compare"),
+    "essential": ("pennyweight.essential", "essential"),
     "export": ("pennyweight.export", "export"),
     "fit": ("pennyweight.fit", "fit"),
     "frontier": ("pennyweight.frontier", "frontier"),

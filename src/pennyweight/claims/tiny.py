@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.evaluate.perplexity import token_losses
+from pennyweight.levers.prune.gradual import GradualPruning
+from pennyweight.model import anatomy
 from pennyweight.train import Samples, Trainer, byte_windows
 from pennyweight.train.loop import Callback
-from pennyweight.train.schedules import Schedule
+from pennyweight.train.schedules import Schedule, wsd
+from pennyweight.train.sparsity_schedules import SparsitySchedule
 from pennyweight.zoo.gpt import GPT, GPTConfig
 
 VOCABULARY = 128
@@ -63,6 +66,24 @@ def trainer(
         clip=1.0,
         callbacks=callbacks,
     )
+
+
+def layers(module: GPT) -> list[nn.Linear]:
+    """The linear layers in its blocks."""
+    found = [module.get_submodule(one.path) for one in anatomy.of(module).layers() if one.block is not None]
+    return [layer for layer in found if isinstance(layer, nn.Linear)]
+
+
+def trained(
+    module: GPT, steps: int, *, rate: float = 6e-3, seed: int = 0, sparsity: SparsitySchedule | None = None
+) -> GPT:
+    """``module``, trained in place for ``steps`` of 32 windows and pruned by magnitude on the way where asked for."""
+    pruning = [GradualPruning(layers(module), sparsity)] if sparsity else []
+    schedule = wsd(steps, steps // 20, 0.3, "linear", peak=rate)
+    trainer(module, schedule, batch=32, seed=seed, callbacks=pruning).run(steps)
+    for one in pruning:
+        one.finish()
+    return module
 
 
 def held_out_losses(module: nn.Module) -> Tensor:

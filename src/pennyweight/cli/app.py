@@ -290,6 +290,56 @@ def study(
 
 
 @app.command()
+def essential(
+    model: Model,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="An earlier state of it; may be given several times.")
+    ] = None,
+    criteria: Annotated[str, typer.Option(help="What is zeroed: magnitude, random.")] = "magnitude,random",
+    scopes: Annotated[
+        str, typer.Option(help="Zeros over layers: global, layer, erk; none for patterns alone.")
+    ] = "global",
+    groups: Annotated[
+        str | None, typer.Option(metavar="M,...", help="Patterns of N kept in every M, for each N.")
+    ] = None,
+    sparsities: Annotated[
+        str, typer.Option(help="Shares of zeros, rising from 0.")
+    ] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    floor: Floor = None,
+    steps: Annotated[int, typer.Option(min=0, help="Of training after pruning, masks fixed.")] = 0,
+    rate: Annotated[float, typer.Option(help="Of that training.")] = 1e-4,
+    data: Data = "wiki",
+    windows: Annotated[int, typer.Option(min=2, help="Windows of held-out text to judge by.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where essential.json goes.")] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """How far a model can be pruned for nothing: curves over sparsity, and where they turn (lists after commas)."""
+    from pennyweight.cli.progress import progress
+    from pennyweight.cli.tables import emit, show
+    from pennyweight.errors import OptionError
+    from pennyweight.essential import Tune, essential
+    from pennyweight.job import Settings
+
+    try:
+        shares = [float(word) for word in sparsities.split(",")]
+        sizes = [int(word) for word in groups.split(",")] if groups else []
+    except ValueError as error:
+        raise OptionError(f"essential: --sparsities, --groups: {error}; give numbers with commas between") from None
+    with progress() as report:
+        found = essential(
+            model, checkpoints=checkpoint or (), criteria=criteria.split(","),
+            scopes=[] if scopes == "none" else scopes.split(","), groups=sizes, sparsities=shares, floor=floor,
+            tune=Tune(steps=steps, rate=rate), data=data, out=out,
+            settings=Settings(length=length, heldout=windows, seed=seed), progress=report,
+        )  # fmt: skip
+    show(found.table())
+    if json:
+        emit(found.to_json(), json)
+
+
+@app.command()
 def frontier(
     model: Model,
     data: Data = "wiki",

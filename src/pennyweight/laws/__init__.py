@@ -5,6 +5,7 @@
 """
 
 from pennyweight.laws import (
+    average,
     bench,
     cod,
     curves,
@@ -26,6 +27,7 @@ from pennyweight.laws import (
     trajectory,
     vocab,
 )
+from pennyweight.laws.average import average_params, fit_sparse
 from pennyweight.laws.bit_level import fit_bit_level
 from pennyweight.laws.catalog import Card, predict_receipt, registry, show
 from pennyweight.laws.fitter import fit, fit_csv
@@ -45,6 +47,8 @@ __all__ = [
     "LawReceipt",
     "Prediction",
     "asymptote",
+    "average",
+    "average_params",
     "batch_by_loss",
     "bench",
     "bit_level",
@@ -62,6 +66,7 @@ __all__ = [
     "fit_csv",
     "fit_from_wsd",
     "fit_qat",
+    "fit_sparse",
     "flops",
     "forms",
     "henighan",

@@ -27,6 +27,7 @@ from pennyweight import laws
 from pennyweight.errors import BudgetError, OptionError
 from pennyweight.laws import flops as accounting
 from pennyweight.laws import hparams, lr, optimal, published, trajectory, vocab
+from pennyweight.laws.average import mean_sparsity
 from pennyweight.laws.law import Law, Range
 from pennyweight.laws.qat import GAMMA_BITS, effective_params, qat_fraction
 from pennyweight.units import Quantity
@@ -384,7 +385,7 @@ class _Maker:
         self, name: str, params: float, tokens: float, *, bits: float = 16.0, sparsity: float = 0.0, why: str = ""
     ) -> Alternative:
         """``params`` is the average over training; sparse runs start larger and end smaller."""
-        start = params / (1 - 0.625 * sparsity)
+        start = params / (1 - mean_sparsity(sparsity))
         stored_params = start * (1 - sparsity)
         worth = published.effective_tokens(tokens, self.unique) if self.unique is not None else tokens
         found = self.law.predict(N=effective_params(params, bits, self.gamma), D=worth)
@@ -469,7 +470,7 @@ def _alternatives(make: _Maker, bits: Sequence[float], sparsities: Sequence[floa
         if make.memory is not None:
             # average parameters of a sparse run whose end fits the memory at 4 bits
             width = min((b for b in bits if b >= 4), default=min(bits))
-            most = make.memory * 8 / ((1 - sparsity) * width + 1) * (1 - 0.625 * sparsity)
+            most = make.memory * 8 / ((1 - sparsity) * width + 1) * (1 - mean_sparsity(sparsity))
             if most < free.N:
                 words = f"sparse to {sparsity:.0%} zeros at {width:g} bits, as large as memory holds"
                 found.append(make(words, most, make.best_tokens(most), bits=width, sparsity=sparsity))
