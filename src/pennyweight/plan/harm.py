@@ -22,7 +22,8 @@ from pennyweight.evaluate.embedding import pool
 from pennyweight.evaluate.forward import accepts, first_tensor, looking
 from pennyweight.model.model import Model
 
-_SCORED = ("classifier", "image-classifier", "masked-lm")
+#: Kinds that score classes.
+SCORED = ("classifier", "image-classifier", "masked-lm")
 
 
 class Harm:
@@ -41,7 +42,7 @@ class Harm:
         tensors = list(found.values()) if isinstance(found, Mapping) else list(found)
         self.count = len(tensors[0])
         with looking(model.module):
-            self.before = [self._outputs(part) for part in self.parts()]
+            self.before = [outputs(model, self.inputs, part) for part in self.parts()]
 
     def parts(self) -> list[slice]:
         """The batches, as slices of the windows."""
@@ -49,13 +50,13 @@ class Harm:
 
     def __call__(self, number: int) -> Tensor:
         """(batch,) harm of each window of batch ``number``, differentiable where gradients are on."""
-        after, before = self._outputs(self.parts()[number]), self.before[number]
+        after, before = outputs(self.model, self.inputs, self.parts()[number]), self.before[number]
         kind = self.model.kind
         if kind == "causal-lm":
             return after - before
         if kind == "encoder":
             return 1 - (after * before).sum(-1)
-        if kind in _SCORED:
+        if kind in SCORED:
             p = before.log_softmax(-1)
             divergence = (p.exp() * (p - after.log_softmax(-1))).sum(-1)
             return divergence.flatten(1).mean(1) if divergence.ndim > 1 else divergence
@@ -68,24 +69,30 @@ class Harm:
         with looking(self.model.module):
             return torch.cat([self(number) for number in range(len(self.before))])
 
-    def _outputs(self, part: slice) -> Tensor:
-        module, given = self.model.module, self.inputs
-        if isinstance(given, Mapping):
-            options = {name: tensor[part] for name, tensor in given.items()}
-            if accepts(module, "use_cache"):
-                options["use_cache"] = False
-            out = module(**options)
-        else:
-            options = {}
-            out = module(*(tensor[part] for tensor in given))
-        if self.model.kind == "causal-lm":
-            ids = options["input_ids"] if options else given[0][part]
-            logits = first_tensor(out)
-            return functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-            ).view(len(ids), -1).mean(1)  # fmt: skip
-        if self.model.kind == "encoder":
-            states = first_tensor(out, "last_hidden_state")
-            mask = options.get("attention_mask")
-            return pool(states, torch.ones(states.shape[:2], device=states.device) if mask is None else mask)
-        return first_tensor(out)
+
+def outputs(model: Model, inputs: Any, part: slice) -> Tensor:
+    """What harm compares, of the windows ``part`` of ``inputs`` (from `inputs_of`); differentiable.
+
+    Causal language models: (B,) the mean loss of each window. Encoders: (B, D) embeddings of length one. Anything else:
+    what the model returns.
+    """
+    module = model.module
+    if isinstance(inputs, Mapping):
+        options = {name: tensor[part] for name, tensor in inputs.items()}
+        if accepts(module, "use_cache"):
+            options["use_cache"] = False
+        out = module(**options)
+    else:
+        options = {}
+        out = module(*(tensor[part] for tensor in inputs))
+    if model.kind == "causal-lm":
+        ids = options["input_ids"] if options else inputs[0][part]
+        logits = first_tensor(out)
+        return functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+        ).view(len(ids), -1).mean(1)  # fmt: skip
+    if model.kind == "encoder":
+        states = first_tensor(out, "last_hidden_state")
+        mask = options.get("attention_mask")
+        return pool(states, torch.ones(states.shape[:2], device=states.device) if mask is None else mask)
+    return first_tensor(out)
