@@ -45,6 +45,7 @@ from pennyweight.weights import (
     Monarch,
     NofM,
     Permutation,
+    Premerged,
     Product,
     Quantized,
     RandomBasis,
@@ -274,6 +275,11 @@ def monarch(g: Generator, m: int, n: int) -> Drawn:
     return Monarch(first, second), matrix
 
 
+def premerged(g: Generator, m: int, n: int) -> Drawn:
+    weight, matrix = low_rank(g, m, n)
+    return Premerged(weight, max_rows=2), matrix
+
+
 def kronecker(g: Generator, m: int, n: int) -> Drawn:
     m1, n1 = next(d for d in (3, 2, 1) if m % d == 0), next(d for d in (5, 2, 1) if n % d == 0)
     outer, inner = draw(g, m1, n1), draw(g, m // m1, n // n1)
@@ -368,6 +374,7 @@ FORMS: list[Form] = [
     block_sparse,
     block_diagonal,
     monarch,
+    premerged,
     kronecker,
     hashed,
     random_basis,

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pennyweight.data.tables import digits as all_digits
 from pennyweight.train import Samples, Trainer
-from pennyweight.train.loop import Callback
+from pennyweight.train.loop import Callback, Loss
 from pennyweight.train.samples import Batch
 from pennyweight.train.schedules import cosine
 
@@ -53,15 +53,17 @@ def train(
     seed: int = 0,
     weight_decay: float = 1e-4,
     callbacks: Sequence[Callback] = (),
+    loss: Loss = label_loss,
+    few: int | None = None,
 ) -> nn.Module:
-    """``module`` itself, trained on the digits with AdamW at a cosine rate, then in eval mode."""
-    images, labels, _, _ = digits()
+    """``module`` itself, trained on the digits (the first ``few``) with AdamW at a cosine rate, then in eval mode."""
+    images, labels = (part[:few] for part in digits()[:2])
     Trainer(
         module,
         torch.optim.AdamW(module.parameters(), weight_decay=weight_decay),
         Samples(images, labels, seed=seed),
         batch=batch,
-        loss=label_loss,
+        loss=loss,
         schedule=cosine(steps, max(1, steps // 10), peak=rate, floor=0.0),
         clip=1.0,
         callbacks=callbacks,

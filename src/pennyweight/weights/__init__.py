@@ -12,6 +12,7 @@ from pennyweight.weights.hashed import Hashed, RandomBasis
 from pennyweight.weights.lattice import Lattice
 from pennyweight.weights.layers import CompactConv1d, CompactConv2d, CompactEmbedding, CompactLinear
 from pennyweight.weights.low_rank import LowRank
+from pennyweight.weights.premerged import Premerged
 from pennyweight.weights.quantized import Integers, Quantized, doubled
 from pennyweight.weights.rotation import Rotation
 from pennyweight.weights.sparse import BlockSparse, NofM, Sparse
@@ -46,6 +47,7 @@ __all__ = [
     "Nested",
     "NofM",
     "Permutation",
+    "Premerged",
     "Product",
     "Quantized",
     "RandomBasis",
