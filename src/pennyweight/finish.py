@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from pennyweight import report
 from pennyweight.errors import BudgetError, ModelError
 from pennyweight.job import Job, standing_in
+from pennyweight.laws.density import worth
 from pennyweight.measure.stats import Interval, Verdict
 from pennyweight.model import anatomy, compact, load
 from pennyweight.model.kv_cache import KVSetting, keep, keeping
@@ -313,7 +315,7 @@ def _receipt(job: Job, solved: Solved, figures: Figures, source: Source, recipe:
         ),
         seeds={"windows": job.settings.seed},
         versions=versions(),
-        figures=(quality, size),
+        figures=(quality, size, *_densities(job, figures.effect, source, written)),
         budgets=lines,
         floor=None if figures.verdict is None else _floor_line(job, figures.verdict),
         certificate=certificate,
@@ -323,6 +325,25 @@ def _receipt(job: Job, solved: Solved, figures: Figures, source: Source, recipe:
         notes=solved.notes,
         run=Run.now(Machine.here(threads=torch.get_num_threads()), stages),
     )  # fmt: skip
+
+
+def _densities(job: Job, effect: Interval, source: Source, written: int) -> tuple[Figure, ...]:
+    """Row 250: what the fit is worth in parameters, over the original's, a parameter left (zeros too) and a byte."""
+    if job.task.metric != "perplexity":
+        return ()
+    # the largest ratio of perplexities is the lower end of the density
+    sizes = [float(worth(source.params, math.log(ratio))) for ratio in (effect.high, effect.value, effect.low)]
+    kept = {"density": parameters(job.model.module) / source.params, "density a byte": written / source.bf16_bytes}
+    found = []
+    for name, share in kept.items():
+        low, value, high = (size / source.params / share for size in sizes)
+        found.append(
+            Figure(
+                name=name, unit="of the original's, by the law of size", before=Estimate(value=1.0),
+                after=Estimate(value=value, low=low, high=high, level=effect.level, n=effect.n), lower_is_better=False,
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
 def _floor_line(job: Job, verdict: Verdict) -> FloorLine:
@@ -368,7 +389,7 @@ def _cells(job: Job, solved: Solved) -> tuple[report.Cell, ...]:
 def _report(
     job: Job, solved: Solved, figures: Figures, receipt: Receipt, recipe: Recipe, cells: tuple[report.Cell, ...]
 ) -> report.ReportData:
-    quality, size = receipt.figures
+    quality, size = receipt.figures[:2]
     effect = report.Figure(value=figures.effect.value, low=figures.effect.low, high=figures.effect.high)
     ratios = job.task.metric == "perplexity"
     measures = [
@@ -383,6 +404,14 @@ def _report(
             name="Size of the files", unit="bytes", before=report.Figure(value=receipt.model.bf16_bytes),
             after=report.Figure(value=size.after.value),
             ratio=report.Figure(value=size.after.value / receipt.model.bf16_bytes), note="against the original in bf16",
+        ),
+        *(
+            report.Measure(
+                name=figure.name.capitalize(), before=report.Figure(value=1.0),
+                after=report.Figure(value=figure.after.value, low=figure.after.low, high=figure.after.high),
+                note="worth in parameters, by the refit Chinchilla law, over those (or bytes) there are",
+            )
+            for figure in receipt.figures[2:]
         ),
     ]  # fmt: skip
     to_bytes = [

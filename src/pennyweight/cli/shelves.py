@@ -213,6 +213,31 @@ def laws_predict(
         print(predicted.receipt.extrapolation.text)
 
 
+@laws.command("density")
+def laws_density(
+    family: Annotated[Path, typer.Argument(metavar="CSV", help="Runs of the reference family: N, D and loss a line.")],
+    params: Annotated[float, typer.Option(metavar="N", help="Parameters of the model, counted as the family's.")],
+    loss: Annotated[float, typer.Option(metavar="LOSS", help="Its loss, on the family's text.")],
+    tokens: Annotated[
+        float | None, typer.Option(metavar="D", help="What reference models are compared at; else the family's most.")
+    ] = None,
+) -> None:
+    """Capacity density: how many parameters of a reference family a model is worth, over those it has."""
+    from pennyweight.laws import density
+    from pennyweight.laws.table import read_csv
+
+    runs = read_csv(family)
+    if missing := [name for name in ("N", "D", "loss") if name not in runs]:
+        raise OptionError(f"laws density: {family} has no column {', '.join(missing)}; it takes N, D and loss")
+    found = density.reference(runs, D0=max(map(float, runs["D"])) if tokens is None else tokens)
+    effective = found.effective_params(loss=loss)
+    bound = f"{effective.bound} " if effective.bound else ""
+    print(f"L = {found.a:.6g} N^-{found.alpha:.4g} + {found.b:.6g} D^-{found.beta:.4g}, compared at D = {found.D0:.4g}")
+    print(f"effective parameters {bound}{effective:.6g}; density {bound}{effective / params:.4g}")
+    if effective.reason:
+        print(effective.reason)
+
+
 @assets.command("list")
 def assets_list(json: AsJson = False) -> None:
     """Every embedded model, text and table."""

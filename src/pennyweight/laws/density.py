@@ -20,6 +20,7 @@ import numpy as np
 from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.law import Law
+from pennyweight.laws.published import refit
 
 
 class Bounded(float):
@@ -158,6 +159,31 @@ class Reference:
             if found.bound is None:  # a bound is no point of a line
                 rows.append({"t": model["t"], "density": float(found)})
         return trend(rows)
+
+
+def worth(params: float, added_loss: float, *, law: Law | None = None) -> Bounded:
+    """Effective parameters of a changed model, from what the change added to its loss.
+
+    The original is taken to lie on the law's curve over size (its own tokens and text move the curve up or down, which
+    cancels), so that its density is 1 and what comes back compares with it alone: A (N_hat^-alpha - N^-alpha) =
+    ``added_loss``.
+
+    Args:
+        params: N of the original.
+        added_loss: nats a token, the changed model's minus the original's on the same text.
+        law: of the form ``chinchilla`` or ``reference``, N in single parameters; the refit Chinchilla law by default.
+    """
+    if not params > 0 or math.isnan(added_loss):
+        raise OptionError(
+            f"worth: params = {params!r}, added_loss = {added_loss!r}; give a positive number and a number"
+        )
+    curve = refit() if law is None else law
+    scale = float(curve.constants["A" if "A" in curve.constants else "a"])
+    alpha = float(curve.constants["alpha"])
+    room = params**-alpha + added_loss / scale
+    if room <= 0:
+        return Bounded(math.inf, "at least", "the gain exceeds what any size would bring")
+    return Bounded(room ** (-1 / alpha) if math.isfinite(room) else 0.0)
 
 
 def given(law: Law, score_law: Law | None = None, *, D0: float = 1e12, largest: float | None = None) -> Reference:
