@@ -22,6 +22,7 @@ from pennyweight.model.anatomy import Map
 from pennyweight.model.checkpoint import Checkpoint
 from pennyweight.model.experts import SplitExperts, split_experts
 from pennyweight.model.products import attention_arithmetic, use_in_attention
+from pennyweight.model.resized import Resized, lay, resized_of
 from pennyweight.weights import (
     Activation,
     CompactConv1d,
@@ -50,6 +51,7 @@ class Layout:
         activations: by module path, the settings of what rounds a layer's input.
         products: by module path, the settings of how a layer multiplies.
         attention: the same of all attention; None as the model has it.
+        resized: blocks that are gone and sizes that the configuration does not say.
     """
 
     structures: Mapping[str, Mapping[str, Any]]
@@ -59,6 +61,7 @@ class Layout:
     activations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     products: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attention: Mapping[str, Any] | None = None
+    resized: Resized = field(default_factory=Resized)
 
     @property
     def paths(self) -> list[str]:
@@ -68,7 +71,7 @@ class Layout:
     @property
     def plain(self) -> bool:
         """Whether the model that its class makes needs nothing but tensors."""
-        return not (self.paths or self.split or self.attention)
+        return not (self.paths or self.split or self.attention or self.resized)
 
 
 def compact_layers(module: nn.Module) -> dict[str, Weight]:
@@ -131,7 +134,7 @@ def layout_of(module: nn.Module) -> Layout:
     multiplied = {path: found.settings() for path, found in products(module).items()}
     arithmetic = attention_arithmetic(module)
     attention = None if arithmetic is None else arithmetic.settings()
-    return Layout(structures, tied, shared, split, rounded, multiplied, attention)
+    return Layout(structures, tied, shared, split, rounded, multiplied, attention, resized_of(module))
 
 
 def dump(layout: Layout, headers: Mapping[str, str]) -> str:
@@ -152,6 +155,7 @@ def dump(layout: Layout, headers: Mapping[str, str]) -> str:
         **({"activations": _grouped(layout.activations)} if layout.activations else {}),
         **({"products": _grouped(layout.products)} if layout.products else {}),
         **({"attention": dict(layout.attention)} if layout.attention else {}),
+        **({"resized": layout.resized.plain()} if layout.resized else {}),
     }
     return json.dumps(found, separators=(",", ":"), allow_nan=False)
 
@@ -199,6 +203,7 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
         split = tuple(found.get("split_experts", ()))
         rounded, multiplied = (_ungrouped(found.get(key, ())) for key in ("activations", "products"))
         attention = found.get("attention") and dict(found["attention"])
+        resized = Resized.of_plain(found["resized"]) if "resized" in found else Resized()
         if not all(isinstance(name, str) for name in (*split, *shared.values())):
             raise ValueError("names that are not text")
         if not all(isinstance(to, str) and to in structures and name not in structures for name, to in tied.items()):
@@ -214,7 +219,7 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
             raise ModelError(
                 f"{path}: belongs to another {file.name}; the two come from different runs, copy both again"
             )
-    return Layout(structures, tied, shared, split, rounded, multiplied, attention)
+    return Layout(structures, tied, shared, split, rounded, multiplied, attention, resized)
 
 
 class Overlay:
@@ -249,11 +254,13 @@ class Overlay:
         return found | {name: found[first] for name, first in self.layout.shared.items() if first in found}
 
     def strip(self, module: nn.Module) -> None:
-        """Take the parameters that compact layers stand for off the skeleton.
+        """Take the parameters that compact layers stand for off the skeleton, once it has the sizes that were saved.
 
         Raises:
             ModelError: a compact layer has no place in ``module``.
         """
+        if self.layout.resized:
+            lay(module, self.layout.resized, self._where)
         for path in self.layout.paths:
             at = None if self._in_split(path) else self._find(module, path)
             if at is not None:

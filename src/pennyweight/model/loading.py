@@ -20,6 +20,7 @@ from pennyweight.model import assets, compact, gguf_model, gguf_tokenizer
 from pennyweight.model.checkpoint import Checkpoint
 from pennyweight.model.gguf_file import GgufFile
 from pennyweight.model.model import Model, kind_of
+from pennyweight.model.resized import Resized, lay
 from pennyweight.transformers_plugin import METHOD
 from pennyweight.weights import check_finite
 
@@ -120,12 +121,12 @@ def _from_directory(directory: Path, dtype: torch.dtype, name: str) -> Model:
         raise ModelError(f"{directory}: config.json asks for {blocks} blocks, the files hold {held} tensors")
     if compact.is_compact(directory) or hasattr(config, "quantization_config"):
         layout = compact.read_layout(checkpoint)
-        tensors = compact.Overlay(checkpoint, layout).rest()
+        tensors, resized = compact.Overlay(checkpoint, layout).rest(), layout.resized
         if not layout.plain:
             config.quantization_config = {"quant_method": METHOD, "directory": str(directory)}
     else:
-        tensors = {key: checkpoint.read(key) for key in checkpoint.names()}
-    module = build(config, tensors, dtype, str(directory))
+        tensors, resized = {key: checkpoint.read(key) for key in checkpoint.names()}, None
+    module = build(config, tensors, dtype, str(directory), resized)
     if (directory / "generation_config.json").is_file() and module.can_generate():
         module.generation_config = _generation_config(directory)
     tokenizer, why_not = read_tokenizer(directory)
@@ -146,7 +147,13 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> Model:
     return Model(module, tokenizer, name, kind_of(type(module).__name__), config, why_not)
 
 
-def build(config: PreTrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> PreTrainedModel:
+def build(
+    config: PreTrainedConfig,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    where: str,
+    resized: Resized | None = None,
+) -> PreTrainedModel:
     """The ``transformers`` model of ``config`` with ``tensors`` in it, in eval mode.
 
     Raises:
@@ -156,7 +163,7 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], dtype: torch.dty
     cls: Any = getattr(transformers, architecture, None) or transformers.AutoModel
     try:
         with _quiet():
-            _check_shapes(cls, config, tensors, where)
+            _check_shapes(cls, config, tensors, where, resized)
             module, found = cls.from_pretrained(
                 None,
                 config=config,
@@ -191,7 +198,9 @@ def build(config: PreTrainedConfig, tensors: dict[str, Tensor], dtype: torch.dty
     return built
 
 
-def _check_shapes(cls: Any, config: PreTrainedConfig, tensors: dict[str, Tensor], where: str) -> None:
+def _check_shapes(
+    cls: Any, config: PreTrainedConfig, tensors: dict[str, Tensor], where: str, resized: Resized | None
+) -> None:
     """Refuse tensors of other shapes than ``config`` asks for, before anything of that size is allocated."""
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > max(len(tensors), 1) and not hasattr(config, "quantization_config"):
@@ -200,6 +209,8 @@ def _check_shapes(cls: Any, config: PreTrainedConfig, tensors: dict[str, Tensor]
         return  # an Auto class: which model it makes is found out by making it
     with torch.device("meta"):
         skeleton = cls(config)
+    if resized:
+        lay(skeleton, resized, where)
     for name, wanted in skeleton.state_dict().items():
         if name in tensors and tensors[name].shape != wanted.shape:
             there = tuple(tensors[name].shape)

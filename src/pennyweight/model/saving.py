@@ -21,6 +21,7 @@ from pennyweight.model.checkpoint import SINGLE
 from pennyweight.model.experts import SplitExperts
 from pennyweight.model.model import Model
 from pennyweight.model.products import attention_arithmetic
+from pennyweight.model.resized import resized_of
 from pennyweight.safe_write import staged
 from pennyweight.transformers_plugin import METHOD
 from pennyweight.weights import Activation, Dense, Weight, check_finite
@@ -117,6 +118,11 @@ def _check_plain(module: nn.Module, name: str) -> None:
         raise ModelError(
             f"{name}: {len(rounding)} layers round their inputs (the first is {next(iter(rounding))}), {remedy}, or "
             "set their activation to None"
+        )
+    if resized_of(module):
+        raise ModelError(
+            f"{name}: its layers have sizes that its configuration cannot say; save without dense, and load with "
+            "pennyweight"
         )
     if multiplying or attention_arithmetic(module):
         raise ModelError(f"{name}: {len(multiplying)} layers or the attention multiply in a way of their own, {remedy}")
