@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pennyweight.cli import shelves
+from pennyweight.cli import machines, shelves
 
 app = typer.Typer(
     name="pennyweight",
@@ -22,6 +22,8 @@ app.add_typer(shelves.levers, name="levers")
 app.add_typer(shelves.laws, name="laws")
 app.add_typer(shelves.assets, name="assets")
 app.command()(shelves.rows)
+app.command()(machines.tune)
+app.command()(machines.devices)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, directory, GGUF file, or cached hub id.")]
 Data = Annotated[str, typer.Option(help="Text to calibrate and judge on: short name, file or folder.")]
@@ -57,10 +59,26 @@ def measure(
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The original to compare with.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of held-out text to score.")] = 32,
     timed: Annotated[bool, typer.Option("--timed/--untimed", help="Take times.")] = True,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Bound every operation on --device instead; a config.json will do.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="See `devices`; here is this machine, after `tune`; or a profile as JSON.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences, of --roofline.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
+    precision: Annotated[
+        str | None, typer.Option(metavar="BITS", help="Of --roofline: w4a16, w4a16kv8, fp16, int8, ...")
+    ] = None,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
     """What a model costs and how good it is, with intervals."""
+    if roofline:
+        machines.taken_apart(
+            model, roofline=True, device=device, batch=batch, context=context, precision=precision, json=json
+        )
+        return
     from pennyweight.cli.progress import progress
     from pennyweight.cli.tables import emit, show
     from pennyweight.measure import measure

@@ -171,7 +171,7 @@ class Measurement:
 
     def table(self) -> Table:
         """A rich table of `rows`."""
-        return _table(f"{self.model} ({self.kind})", ("", "value", "95 % interval", ""), self.rows())
+        return plain_table(f"{self.model} ({self.kind})", ("", "value", "95 % interval", ""), self.rows())
 
     def compare(self, other: Measurement) -> Comparison:
         """``other`` beside this one, as the changed model beside the original.
@@ -250,7 +250,7 @@ class Comparison:
             if paired is not None and key == "perplexity":
                 said = f"x {paired.value:.4g} ({paired.low:.4g} to {paired.high:.4g})"
             rows.append((title(key), change.before.show(), change.after.show(), ratio, said))
-        return _table("", ("", self.first, self.second, "ratio", "paired, 95 %"), rows)
+        return plain_table("", ("", self.first, self.second, "ratio", "paired, 95 %"), rows)
 
 
 def title(key: str) -> str:
@@ -278,7 +278,8 @@ def _paired(
     return compare(before[name], after[name])
 
 
-def _table(name: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+def plain_table(name: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A rich table without lines; all but the first and last columns are numbers."""
     from rich.table import Table
     from rich.text import Text
 

@@ -65,6 +65,8 @@ def sample_for(module: nn.Module, found: Anatomy) -> Sample | None:
         known = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids, "use_cache": True}
         if not accepts(module, "input_ids"):
             return Sample(ids, "token", TOKENS)
+        if device.type == "meta":  # a mask is looked at for zeros, and without data there is nothing to see
+            del known["attention_mask"]
         named = {name: value for name, value in known.items() if accepts(module, name)}
         return Sample(named, "token pair" if "decoder_input_ids" in named else "token", TOKENS)
     if config is not None and accepts(module, "pixel_values"):

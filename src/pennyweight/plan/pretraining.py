@@ -30,13 +30,13 @@ from pennyweight.laws import hparams, lr, optimal, published, trajectory, vocab
 from pennyweight.laws.average import mean_sparsity
 from pennyweight.laws.law import Law, Range
 from pennyweight.laws.qat import GAMMA_BITS, effective_params, qat_fraction
+from pennyweight.measure import devices
 from pennyweight.units import Quantity
 
 #: Dense 16-bit FLOP/s of one device, from its data sheet.
 DEVICES = {
-    "v100": 125e12, "a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12, "l40s": 362e12,
-    "rtx4090": 165e12, "mi300x": 1307e12, "tpu-v4": 275e12, "tpu-v5p": 459e12,
-}  # fmt: skip
+    name: device.flops_per_second["fp16"] for device in devices.published() for name in (device.name, *device.aliases)
+}
 WIDTHS = (16.0, 8.0, 6.0, 4.0, 3.0, 2.0)
 SPARSITIES = (0.5, 0.75)
 #: Options this close in predicted loss count as equal, and the one that is cheaper to serve wins.
