@@ -72,6 +72,7 @@ class PennyweightQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         from pennyweight.model import compact
+        from pennyweight.serve import fused
 
         self.overlay.attach(model)
         for path in compact.compact_layers(model):
@@ -79,6 +80,7 @@ class PennyweightQuantizer(HfQuantizer):
             at = max((k for k in self.device_map if f"{path}.".startswith(f"{k}." if k else "")), key=len, default=None)
             if at is not None:
                 model.get_submodule(path).to(self.device_map[at])
+        fused.fuse(model)
         return model.eval()
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:

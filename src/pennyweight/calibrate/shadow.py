@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pennyweight.evaluate.forward import native_dtype
 from pennyweight.model import anatomy
 from pennyweight.model.anatomy import Map
 from pennyweight.weights import Dense, Weight
@@ -160,13 +161,3 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     if parameter.dtype == torch.float64:
         return torch.float64
     return native_dtype(parameter.device.type)
-
-
-def native_dtype(device: str) -> torch.dtype:
-    """bfloat16 where a device of this type multiplies it in hardware, else float32."""
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        native = device == "cpu" and probe is not None and bool(probe())
-    return torch.bfloat16 if native else torch.float32

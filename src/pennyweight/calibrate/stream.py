@@ -26,7 +26,8 @@ from transformers.core_model_loading import WeightRenaming
 
 from pennyweight import resident
 from pennyweight.calibrate.passage import Passage, Settled, Stage
-from pennyweight.calibrate.shadow import Shadow, native_dtype
+from pennyweight.calibrate.shadow import Shadow
+from pennyweight.evaluate.forward import native_dtype
 from pennyweight.calibrate.walk import (
     Report,
     Solve,

@@ -44,6 +44,16 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def native_dtype(device: str) -> torch.dtype:
+    """bfloat16 where a device of this type multiplies it in hardware (emulated it is slower), else float32."""
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        native = device == "cpu" and probe is not None and bool(probe())
+    return torch.bfloat16 if native else torch.float32
+
+
 def accepts(module: nn.Module, name: str) -> bool:
     """Whether ``module.forward`` names a parameter ``name``."""
     return name in inspect.signature(module.forward).parameters

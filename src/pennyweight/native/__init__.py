@@ -20,12 +20,11 @@ def cache_directory() -> Path:
 
 
 #: What a routine is compiled with beyond the usual. Sums may be taken in any order; NaN and infinity stay themselves.
-_FLAGS = {
-    "matvec": (
-        "-fopenmp", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
-        "-ffp-contract=fast",
-    )
-}  # fmt: skip
+_PRODUCTS = (
+    "-fopenmp", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
+    "-ffp-contract=fast", "-Wno-unused-function",
+)  # fmt: skip
+_FLAGS = {"matvec": _PRODUCTS, "decode": _PRODUCTS}
 
 
 @cache
@@ -41,7 +40,8 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
     source = Path(__file__).with_name(f"{name}.c")
     flags = ["-O3", "-march=native", "-shared", "-fPIC", *_FLAGS.get(name, ())]
-    known = source.read_bytes() + f"{platform.machine()} {platform.node()} {flags}".encode()
+    headers = b"".join(header.read_bytes() for header in sorted(source.parent.glob("*.h")))
+    known = source.read_bytes() + headers + f"{platform.machine()} {platform.node()} {flags}".encode()
     key = hashlib.sha256(known).hexdigest()[:16]
     target = cache_directory() / f"{name}-{key}.so"
     if not target.exists():

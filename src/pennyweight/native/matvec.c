@@ -1,345 +1,78 @@
-/* One row times a compact matrix: y = x W^T for x of N and y of M numbers, read straight from the codes.
+/* One row times a compact matrix, y = x W^T, read straight from the codes; and the matrix itself in bfloat16, for many.
  *
- * Rows are shared among the threads that OpenMP gives. Products and sums are in float32; a sum's order differs from a
- * matrix product's, so results differ by rounding.
+ * Rows are shared among the threads.
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__AVX2__) || defined(__BMI2__)
-#include <immintrin.h>
-#endif
-
-enum { WHOLE = 0, PACKED = 1, BRAIN = 2, SINGLE = 3 };
-
-typedef struct {
-    int32_t kind;    /* WHOLE: int8 codes under row and column scales; PACKED: a grid; BRAIN: bfloat16; SINGLE: float32 */
-    int32_t m, n;
-    int32_t bits;    /* PACKED */
-    int32_t group;   /* PACKED: columns that share a scale */
-    int32_t groups;  /* PACKED */
-    const void *codes;
-    int64_t stride;  /* bytes of a row of codes */
-    const float *row, *column;   /* WHOLE: (M), (N) */
-    const float *scale, *offset; /* PACKED: (M, G); W = scale * code + offset */
-    const int64_t *far;          /* WHOLE: (F, 2) row and column of codes beyond a byte, by rising row */
-    const int32_t *beyond;       /* WHOLE: (F) what the byte lacks there */
-    int64_t count;               /* WHOLE: F */
-} Matrix;
-
-static float dot_i8(const int8_t *w, const float *x, int n)
-{
-    float a = 0, b = 0, c = 0, d = 0;
-    int j = 0;
-    for (; j + 256 <= n; j += 256) { /* four chains, so that additions do not wait for each other */
-        float p = 0, q = 0, r = 0, s = 0;
-        for (int k = 0; k < 64; k++) {
-            p += w[j + k] * x[j + k];
-            q += w[j + 64 + k] * x[j + 64 + k];
-            r += w[j + 128 + k] * x[j + 128 + k];
-            s += w[j + 192 + k] * x[j + 192 + k];
-        }
-        a += p, b += q, c += r, d += s;
-    }
-    for (; j < n; j++)
-        a += w[j] * x[j];
-    return (a + b) + (c + d);
-}
-
-static void dots_i8(const int8_t *w, int64_t stride, const float *x, int n, float *y)
-{
-    const int8_t *w1 = w + stride, *w2 = w1 + stride, *w3 = w2 + stride;
-    float a = 0, b = 0, c = 0, d = 0;
-    for (int j = 0; j < n; j++) {
-        a += w[j] * x[j];
-        b += w1[j] * x[j];
-        c += w2[j] * x[j];
-        d += w3[j] * x[j];
-    }
-    y[0] = a, y[1] = b, y[2] = c, y[3] = d;
-}
-
-/* Sixteen floats, and the few things done to them: in one register, in two, or in plain loops. */
-#if defined(__AVX512F__)
-typedef __m512 Floats;
-static inline Floats none(void) { return _mm512_setzero_ps(); }
-static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-static inline Floats scaled(Floats sum, Floats a, float by) { return _mm512_fmadd_ps(a, _mm512_set1_ps(by), sum); }
-static inline float total(Floats a) { return _mm512_reduce_add_ps(a); }
-/* sum + x * (16 codes, each shifted down and masked) */
-static inline Floats taken(Floats sum, const uint8_t *w, int shift, int mask, const float *x)
-{
-    const __m128i codes = _mm_and_si128(_mm_srli_epi16(_mm_loadu_si128((const __m128i *)w), shift), _mm_set1_epi8(mask));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), _mm512_loadu_ps(x), sum);
-}
-#elif defined(__AVX2__) && defined(__FMA__)
-typedef struct { __m256 low, high; } Floats;
-static inline Floats none(void) { return (Floats){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-static inline Floats add(Floats a, Floats b)
-{
-    return (Floats){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
-}
-static inline Floats scaled(Floats sum, Floats a, float by)
-{
-    const __m256 all = _mm256_set1_ps(by);
-    return (Floats){_mm256_fmadd_ps(a.low, all, sum.low), _mm256_fmadd_ps(a.high, all, sum.high)};
-}
-static inline float total(Floats a)
-{
-    float parts[8], sum = 0;
-    _mm256_storeu_ps(parts, _mm256_add_ps(a.low, a.high));
-    for (int j = 0; j < 8; j++)
-        sum += parts[j];
-    return sum;
-}
-static inline Floats taken(Floats sum, const uint8_t *w, int shift, int mask, const float *x)
-{
-    const __m128i codes = _mm_and_si128(_mm_srli_epi16(_mm_loadu_si128((const __m128i *)w), shift), _mm_set1_epi8(mask));
-    const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
-    const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)));
-    return (Floats){_mm256_fmadd_ps(low, _mm256_loadu_ps(x), sum.low),
-                    _mm256_fmadd_ps(high, _mm256_loadu_ps(x + 8), sum.high)};
-}
-#else
-typedef struct { float at[16]; } Floats;
-static inline Floats none(void) { return (Floats){{0}}; }
-static inline Floats add(Floats a, Floats b)
-{
-    for (int j = 0; j < 16; j++)
-        a.at[j] += b.at[j];
-    return a;
-}
-static inline Floats scaled(Floats sum, Floats a, float by)
-{
-    for (int j = 0; j < 16; j++)
-        sum.at[j] += a.at[j] * by;
-    return sum;
-}
-static inline float total(Floats a)
-{
-    float sum = 0;
-    for (int j = 0; j < 16; j++)
-        sum += a.at[j];
-    return sum;
-}
-static inline Floats taken(Floats sum, const uint8_t *w, int shift, int mask, const float *x)
-{
-    for (int j = 0; j < 16; j++)
-        sum.at[j] += ((w[j] >> shift) & mask) * x[j];
-    return sum;
-}
-#endif
-
-/* Sum over groups of scale * (codes . x), codes a byte each; groups are multiples of 16. */
-static float grouped_u8(const uint8_t *w, const float *x, const float *scale, int groups, int group)
-{
-    Floats sum = none();
-    for (int g = 0; g < groups; g++, w += group, x += group) {
-        Floats a = none(), b = none();
-        int j = 0;
-        for (; j + 32 <= group; j += 32) {
-            a = taken(a, w + j, 0, 255, x + j);
-            b = taken(b, w + j + 16, 0, 255, x + j + 16);
-        }
-        if (j < group)
-            a = taken(a, w + j, 0, 255, x + j);
-        sum = scaled(sum, add(a, b), scale[g]);
-    }
-    return total(sum);
-}
-
-/* The same of two codes a byte, even columns in the low half; groups are multiples of 32. */
-static float grouped_u4(const uint8_t *w, const float *even, const float *odd, const float *scale, int groups, int group)
-{
-    Floats sum = none();
-    const int half = group / 2;
-    for (int g = 0; g < groups; g++, w += half, even += half, odd += half) {
-        Floats a = none(), b = none();
-        for (int j = 0; j < half; j += 16) {
-            a = taken(a, w + j, 0, 15, even + j);
-            b = taken(b, w + j, 4, 15, odd + j);
-        }
-        sum = scaled(sum, add(a, b), scale[g]);
-    }
-    return total(sum);
-}
-
-/* The same of four codes a byte; groups are multiples of 64. */
-static float grouped_u2(const uint8_t *w, const float *const x[4], const float *scale, int groups, int group)
-{
-    Floats sum = none();
-    const int quarter = group / 4;
-    for (int g = 0; g < groups; g++, w += quarter) {
-        Floats a = none(), b = none();
-        for (int j = 0; j < quarter; j += 16) {
-            const int at = g * quarter + j;
-            a = taken(a, w + j, 0, 3, x[0] + at);
-            b = taken(b, w + j, 2, 3, x[1] + at);
-            a = taken(a, w + j, 4, 3, x[2] + at);
-            b = taken(b, w + j, 6, 3, x[3] + at);
-        }
-        sum = scaled(sum, add(a, b), scale[g]);
-    }
-    return total(sum);
-}
-
-/* The same, groups of any length. */
-static float any_u8(const uint8_t *w, const float *x, const float *scale, int groups, int group, int n)
-{
-    float sum = 0;
-    for (int g = 0; g < groups; g++) {
-        const int end = (g + 1) * group < n ? (g + 1) * group : n;
-        float part = 0;
-        for (int j = g * group; j < end; j++)
-            part += w[j] * x[j];
-        sum += scale[g] * part;
-    }
-    return sum;
-}
-
-/* A row of codes of any width, one byte each; ``codes`` has room for n + 8. */
-static void unpack(const uint8_t *w, int64_t bytes, int bits, int n, uint8_t *codes)
-{
-    const uint64_t mask = (1u << bits) - 1;
-    for (int j = 0; j < n; j += 8) {
-        const int64_t at = (int64_t)j / 8 * bits;
-        uint64_t word = 0, spread;
-        if (at + 8 <= bytes)
-            memcpy(&word, w + at, 8);
-        else
-            memcpy(&word, w + at, bytes - at);
-#ifdef __BMI2__
-        spread = _pdep_u64(word, mask * 0x0101010101010101u);
-#else
-        spread = 0;
-        for (int k = 0; k < 8; k++)
-            spread |= ((word >> (bits * k)) & mask) << (8 * k);
-#endif
-        memcpy(codes + j, &spread, 8);
-    }
-}
-
-static float brain(uint16_t half)
-{
-    union { uint32_t bits; float value; } u = {(uint32_t)half << 16};
-    return u.value;
-}
-
-static float dot_bf16(const uint16_t *w, const float *x, int n)
-{
-    float a = 0;
-    for (int j = 0; j < n; j++)
-        a += brain(w[j]) * x[j];
-    return a;
-}
-
-static float dot_f32(const float *w, const float *x, int n)
-{
-    float a = 0;
-    for (int j = 0; j < n; j++)
-        a += w[j] * x[j];
-    return a;
-}
-
-/* What rows of a matrix need of x, made once for all of them; freed by the caller. NULL when memory ran out. */
-static float *prepared(const Matrix *a, const float *x)
-{
-    const int n = a->n;
-    float *held = malloc(sizeof(float) * (2 * (size_t)n + 8));
-    if (!held)
-        return NULL;
-    float *sums = held + n + 4;
-    if (a->kind == WHOLE) {
-        for (int j = 0; j < n; j++)
-            held[j] = x[j] * a->column[j];
-    } else if (a->kind == PACKED) {
-        const int planes = a->bits == 4 ? 2 : a->bits == 2 ? 4 : 1, length = (n + planes - 1) / planes;
-        for (int j = 0; j < n; j++)
-            held[j % planes * length + j / planes] = x[j];
-        for (int g = 0; g < a->groups; g++) {
-            const int end = (g + 1) * a->group < n ? (g + 1) * a->group : n;
-            float sum = 0;
-            for (int j = g * a->group; j < end; j++)
-                sum += x[j];
-            sums[g] = sum;
-        }
-    }
-    return held;
-}
-
-static void packed_row(const Matrix *a, const float *x, const float *held, int i, uint8_t *codes, float *y)
-{
-    const int n = a->n, group = a->group, whole = n % group == 0;
-    const uint8_t *w = (const uint8_t *)a->codes + i * a->stride;
-    const float *scale = a->scale + (int64_t)i * a->groups, *offset = a->offset + (int64_t)i * a->groups;
-    const float *sums = held + n + 4;
-    float sum = 0;
-    for (int g = 0; g < a->groups; g++)
-        sum += offset[g] * sums[g];
-    if (a->bits == 4 && whole && group % 32 == 0) {
-        sum += grouped_u4(w, held, held + n / 2, scale, a->groups, group);
-    } else if (a->bits == 2 && whole && group % 64 == 0) {
-        const float *const planes[4] = {held, held + n / 4, held + n / 2, held + n / 4 * 3};
-        sum += grouped_u2(w, planes, scale, a->groups, group);
-    } else {
-        if (a->bits != 8) {
-            unpack(w, a->stride, a->bits, n, codes);
-            w = codes;
-        }
-        sum += whole && group % 16 == 0 ? grouped_u8(w, x, scale, a->groups, group)
-                                        : any_u8(w, x, scale, a->groups, group, n);
-    }
-    *y = sum;
-}
+#include "products.h"
 
 /* y (M) = x (N) W^T. Returns 0, or 1 when memory ran out. */
-int matvec(const Matrix *a, const float *x, float *y)
+int matvec(const Matrix *a, const float *x, float *y, int threads)
 {
-    float *held = NULL;
-    int failed = 0;
-    if (a->kind == WHOLE || a->kind == PACKED) {
-        held = prepared(a, x);
-        if (!held)
-            return 1;
-    }
+    float *held = malloc(sizeof(float) * room(a->n));
+    int failed = !held;
+    if (held)
+        prepare(a, x, held);
     const int strips = (a->m + 31) / 32;
-#pragma omp parallel if ((int64_t)a->m * a->n > 32768)
+#pragma omp parallel num_threads(threads) if (!failed && (int64_t)a->m * a->n > 32768)
     {
-        uint8_t *codes = a->kind == PACKED ? malloc((size_t)a->n + 8) : NULL;
-        if (a->kind == PACKED && !codes) {
+        uint8_t *codes = malloc((size_t)a->n + 8);
+        if (failed || !codes) {
 #pragma omp atomic write
             failed = 1;
         } else {
 #pragma omp for schedule(static)
-            for (int strip = 0; strip < strips; strip++) {
-                const int end = strip * 32 + 32 < a->m ? strip * 32 + 32 : a->m;
-                int i = strip * 32;
-                if (a->kind == WHOLE) {
-                    const int8_t *w = (const int8_t *)a->codes;
-                    for (; i + 4 <= end; i += 4)
-                        dots_i8(w + i * a->stride, a->stride, held, a->n, y + i);
-                    for (; i < end; i++)
-                        y[i] = dot_i8(w + i * a->stride, held, a->n);
-                } else if (a->kind == PACKED) {
-                    for (; i < end; i++)
-                        packed_row(a, x, held, i, codes, y + i);
-                } else if (a->kind == BRAIN) {
-                    for (; i < end; i++)
-                        y[i] = dot_bf16((const uint16_t *)((const char *)a->codes + i * a->stride), x, a->n);
-                } else {
-                    for (; i < end; i++)
-                        y[i] = dot_f32((const float *)((const char *)a->codes + i * a->stride), x, a->n);
-                }
-            }
+            for (int strip = 0; strip < strips; strip++)
+                rows(a, x, held, codes, strip * 32, strip * 32 + 32 < a->m ? strip * 32 + 32 : a->m, y);
         }
         free(codes);
     }
-    if (a->kind == WHOLE) {
-        for (int64_t f = 0; f < a->count; f++)
-            y[a->far[2 * f]] += a->beyond[f] * held[a->far[2 * f + 1]];
-        for (int i = 0; i < a->m; i++)
-            y[i] *= a->row[i];
-    }
     free(held);
+    return failed;
+}
+
+static void expanded_row(const Matrix *a, int i, uint8_t *codes, uint16_t *y)
+{
+    const int n = a->n;
+    if (a->kind == WHOLE) {
+        const int8_t *w = (const int8_t *)a->codes + i * a->stride;
+        for (int j = 0; j < n; j++)
+            y[j] = to_brain(a->row[i] * (a->column[j] * w[j]));
+        return;
+    }
+    const uint8_t *w = (const uint8_t *)a->codes + i * a->stride;
+    if (a->bits != 8) {
+        unpack(w, a->stride, a->bits, n, codes);
+        w = codes;
+    }
+    for (int g = 0; g < a->groups; g++) {
+        const int end = (g + 1) * a->group < n ? (g + 1) * a->group : n;
+        const float scale = a->scale[(int64_t)i * a->groups + g], offset = a->offset[(int64_t)i * a->groups + g];
+        for (int j = g * a->group; j < end; j++)
+            y[j] = to_brain(scale * w[j] + offset);
+    }
+}
+
+/* y (M, N) = W of a form with codes, in bfloat16. Returns 0, or 1 when memory ran out. */
+int expand(const Matrix *a, uint16_t *y, int threads)
+{
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        uint8_t *codes = malloc((size_t)a->n + 8);
+        if (!codes) {
+#pragma omp atomic write
+            failed = 1;
+        } else {
+#pragma omp for schedule(static)
+            for (int i = 0; i < a->m; i++)
+                expanded_row(a, i, codes, y + (int64_t)i * a->n);
+        }
+        free(codes);
+    }
+    if (a->kind == WHOLE)
+        for (int64_t f = 0; f < a->count; f++) {
+            const int64_t i = a->far[2 * f], j = a->far[2 * f + 1];
+            const int code = ((const int8_t *)a->codes)[i * a->stride + j] + a->beyond[f];
+            y[i * a->n + j] = to_brain(a->row[i] * (a->column[j] * code));
+        }
     return failed;
 }

@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
-from pennyweight.calibrate.shadow import native_dtype
 from pennyweight.errors import DataError, OptionError
-from pennyweight.evaluate.forward import device_of, first_tensor, looking, run
+from pennyweight.evaluate.forward import device_of, first_tensor, looking, native_dtype, run
 from pennyweight.model.model import Model
 from pennyweight.train import Samples, Trainer
 from pennyweight.train.loop import Callback, Loss
@@ -87,6 +88,7 @@ def train(
     seed: int = 0,
     report: Report | None = None,
     callbacks: Sequence[Callback] = (),
+    optimizer: Callable[[ParamsT], Optimizer] = torch.optim.AdamW,
 ) -> None:
     """Train the parameters of ``groups`` in place, for ``steps`` of AdamW along a cosine to a twentieth of each rate.
 
@@ -104,6 +106,7 @@ def train(
         seed: of the order.
         report: called with the steps done and all of them.
         callbacks: called after each step, in order.
+        optimizer: made of the groups.
 
     Raises:
         ModelError: a loss that is not finite.
@@ -118,7 +121,7 @@ def train(
     trained = [parameter for group in parameters for parameter in group["params"]]  # type: ignore[attr-defined]
     with only(module, trained), _evaluating(module) as still:
         trainer = Trainer(
-            still, torch.optim.AdamW(parameters), Samples(windows, seed=seed), batch=min(batch, len(windows)),
+            still, optimizer(parameters), Samples(windows, seed=seed), batch=min(batch, len(windows)),
             loss=lambda _, samples: loss(module, samples), schedule=cosine(steps, warmup * steps, floor=0.05),
             clip=clip, dtype="auto", callbacks=callbacks,
         )  # fmt: skip

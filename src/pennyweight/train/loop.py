@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from pennyweight.errors import ModelError, OptionError, ShapeError
+from pennyweight.evaluate.forward import native_dtype
 from pennyweight.train import checkpoint
 from pennyweight.train.distributed import at_parting, rank, world
 from pennyweight.train.samples import Batch, Stream
@@ -98,7 +99,8 @@ class Trainer:
         self.micro_batch = min(micro_batch or batch, batch // world())
         self.loss, self.schedule, self.clip, self.callbacks = loss or next_token_loss, schedule, clip, tuple(callbacks)
         self.device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
-        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 or (dtype == "auto" and _native(self.device)) else None
+        lower = dtype == torch.bfloat16 or (dtype == "auto" and native_dtype(self.device.type) == torch.bfloat16)
+        self.dtype = torch.bfloat16 if lower else None
         self.steps = self.samples = self.tokens = 0
         self._called: nn.Module = module
         if world() > 1:
@@ -219,11 +221,3 @@ def next_token_loss(module: nn.Module, batch: Batch) -> Tensor:
     output = module(ids[:, :-1])
     logits = output if isinstance(output, Tensor) else output.logits
     return functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def _native(device: torch.device) -> bool:
-    """Whether ``device`` has bfloat16 products of its own; emulated ones are slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and probe is not None and bool(probe())

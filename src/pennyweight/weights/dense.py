@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pennyweight.errors import FormError, ShapeError
+from pennyweight.weights import one_row
 from pennyweight.weights.weight import Cost, Weight, check_finite, form
 
 
@@ -48,6 +49,9 @@ class Dense(Weight):
 
     def rows(self, index: Tensor) -> Tensor:
         return nn.functional.embedding(index, self.matrix)
+
+    def prepared(self) -> one_row.Prepared:
+        return one_row.plain(self.matrix)
 
     def cost(self) -> Cost:
         count = self.matrix.numel()

@@ -255,7 +255,9 @@ class EntropyCoded(Weight):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.transposed and one_row.usable(x, self):
-            return one_row.multiply(self, (self.near, self.row_scale, self.column_scale), self._one_row, x)
+            return one_row.multiply(self, (self.near, self.row_scale, self.column_scale), self._prepared, x)
+        if not self.transposed and one_row.expandable(x, self):
+            return one_row.expanded(self, (self.near, self.row_scale, self.column_scale), self._prepared, x)
         outer, inner = (scale.to(x.dtype) for scale in self._scales())
         rows, columns = self.far.unbind(1)
         beyond = self.beyond.to(x.dtype)
@@ -271,7 +273,10 @@ class EntropyCoded(Weight):
             y = y.index_add(-1, rows, x[..., columns] * beyond)
         return y * outer
 
-    def _one_row(self) -> one_row.Prepared:
+    def prepared(self) -> one_row.Prepared | None:
+        return None if self.transposed else self._prepared()
+
+    def _prepared(self) -> one_row.Prepared:
         row, column = (scale.detach() for scale in self._scales())
         return one_row.whole(self.near, row, column, self.far, self.beyond)
 

@@ -23,10 +23,12 @@ from pennyweight.weights.weight import Weight
 
 #: Rows up to which the routine is used: beyond, unpacking once and a matrix product win.
 ROWS = 4
-WHOLE, PACKED = 0, 1
+WHOLE, PACKED, BRAIN, SINGLE = range(4)
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
+    """``Matrix`` of ``products.h``."""
+
     _fields_ = (
         ("kind", ctypes.c_int32), ("m", ctypes.c_int32), ("n", ctypes.c_int32), ("bits", ctypes.c_int32),
         ("group", ctypes.c_int32), ("groups", ctypes.c_int32), ("codes", ctypes.c_void_p), ("stride", ctypes.c_int64),
@@ -44,15 +46,23 @@ class Prepared:
         held: the tensors it points into.
     """
 
-    matrix: _Matrix
+    matrix: Matrix
     held: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)."""
+        return int(self.matrix.m), int(self.matrix.n)
 
 
 def usable(x: Tensor, weight: Weight) -> bool:
     """Whether the routine may compute ``weight(x)``: a few rows on the CPU, nothing to differentiate or trace."""
+    return 0 < x.numel() <= ROWS * weight.shape[1] and _plain_product(x, weight)
+
+
+def _plain_product(x: Tensor, weight: Weight) -> bool:
     return (
         x.device.type == "cpu"
-        and 0 < x.numel() <= ROWS * weight.shape[1]
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
@@ -75,7 +85,7 @@ def whole(codes: Tensor, row: Tensor, column: Tensor, far: Tensor, beyond: Tenso
     """
     held = (codes.contiguous(), row.float().contiguous(), column.float().contiguous(), far.contiguous(), beyond)
     m, n = codes.shape
-    matrix = _Matrix(
+    matrix = Matrix(
         kind=WHOLE, m=m, n=n, codes=held[0].data_ptr(), stride=n, row=held[1].data_ptr(), column=held[2].data_ptr(),
         far=held[3].data_ptr(), beyond=held[4].data_ptr(), count=len(beyond),
     )  # fmt: skip
@@ -94,11 +104,18 @@ def packed(codes: Tensor, scale: Tensor, offset: Tensor, *, columns: int, bits: 
         group: columns that share a scale.
     """
     held = (codes.contiguous(), scale.float().contiguous(), offset.float().contiguous())
-    matrix = _Matrix(
+    matrix = Matrix(
         kind=PACKED, m=codes.shape[0], n=columns, bits=bits, group=group, groups=scale.shape[1],
         codes=held[0].data_ptr(), stride=codes.shape[1], scale=held[1].data_ptr(), offset=held[2].data_ptr(),
     )  # fmt: skip
     return Prepared(matrix, held)
+
+
+def plain(matrix: Tensor) -> Prepared:
+    """Of the matrix (M, N) itself: read in bfloat16 where it is that, else in float32."""
+    held = matrix.detach().contiguous() if matrix.dtype == torch.bfloat16 else matrix.detach().float().contiguous()
+    (m, n), kind = held.shape, BRAIN if held.dtype == torch.bfloat16 else SINGLE
+    return Prepared(Matrix(kind=kind, m=m, n=n, codes=held.data_ptr(), stride=n * held.element_size()), (held,))
 
 
 def mark_of(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
@@ -119,17 +136,45 @@ def multiply(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], 
         prepare: makes what the routine reads.
         x: at most `ROWS` rows.
     """
-    library, mark = native.library("matvec"), mark_of(tensors)
+    library, matrix = native.library("matvec"), _known(weight, tensors, prepare).matrix
     assert library is not None
-    known = _PREPARED.get(weight)
-    if known is None or known[0] != mark:
-        known = _PREPARED[weight] = (mark, prepare())
-    matrix = known[1].matrix
     m, n = matrix.m, matrix.n
     rows = x.detach().reshape(-1, n).float().contiguous()
     found = torch.empty(rows.shape[0], m)
-    out_of, into, where = rows.data_ptr(), found.data_ptr(), ctypes.byref(matrix)
+    out_of, into, where, threads = rows.data_ptr(), found.data_ptr(), ctypes.byref(matrix), torch.get_num_threads()
     for index in range(rows.shape[0]):
-        if library.matvec(where, ctypes.c_void_p(out_of + 4 * n * index), ctypes.c_void_p(into + 4 * m * index)):
+        row, result = ctypes.c_void_p(out_of + 4 * n * index), ctypes.c_void_p(into + 4 * m * index)
+        if library.matvec(where, row, result, threads):
             raise MemoryError(f"no memory for one row of {n} numbers")
     return found.view(*x.shape[:-1], m).to(x.dtype)
+
+
+def expandable(x: Tensor, weight: Weight) -> bool:
+    """Whether ``weight(x)`` is a product in bfloat16 of many rows, for which the routine may make the matrix."""
+    lower = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return (lower or x.dtype == torch.bfloat16) and x.numel() > ROWS * weight.shape[1] and _plain_product(x, weight)
+
+
+def expanded(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], Prepared], x: Tensor) -> Tensor:
+    """``x @ W.T`` in bfloat16: (..., N) -> (..., M), the matrix made at once, in the cache, and given up again.
+
+    Args:
+        weight: `expandable` with ``x``.
+        tensors: as in `multiply`.
+        prepare: as in `multiply`.
+        x: any number of rows.
+    """
+    library, matrix = native.library("matvec"), _known(weight, tensors, prepare).matrix
+    assert library is not None
+    made = torch.empty(weight.shape, dtype=torch.bfloat16)
+    if library.expand(ctypes.byref(matrix), ctypes.c_void_p(made.data_ptr()), torch.get_num_threads()):
+        raise MemoryError(f"no memory for one row of {matrix.n} codes")
+    return torch.nn.functional.linear(x.to(torch.bfloat16), made)
+
+
+def _known(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], Prepared]) -> Prepared:
+    mark = mark_of(tensors)
+    known = _PREPARED.get(weight)
+    if known is None or known[0] != mark:
+        known = _PREPARED[weight] = (mark, prepare())
+    return known[1]

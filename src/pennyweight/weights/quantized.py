@@ -206,13 +206,22 @@ class Quantized(Weight):
         return torch.promote_types(self.scale.dtype, torch.float32)  # as `grid` computes
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale.shape[0] == self.shape[0] and self.format in ("integer", "unsigned") and one_row.usable(x, self):
+        once, often = one_row.usable(x, self), one_row.expandable(x, self)
+        if self._has_routine and (once or often):
             grid = [*self.scale.parameters(), *self.scale.buffers()]
             grid += [] if self.zero is None else [*self.zero.parameters(), *self.zero.buffers()]
-            return one_row.multiply(self, (self.packed, *grid), self._one_row, x)
+            product = one_row.multiply if once else one_row.expanded
+            return product(self, (self.packed, *grid), self._prepared, x)
         return by_rows(self, x)
 
-    def _one_row(self) -> one_row.Prepared:
+    @property
+    def _has_routine(self) -> bool:
+        return self.scale.shape[0] == self.shape[0] and self.format in ("integer", "unsigned")
+
+    def prepared(self) -> one_row.Prepared | None:
+        return self._prepared() if self._has_routine else None
+
+    def _prepared(self) -> one_row.Prepared:
         with torch.no_grad():
             scale, offset = self.grid.affine()
         group = self.shape[1] if self.group_size is None else self.group_size

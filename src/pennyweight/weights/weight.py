@@ -12,12 +12,15 @@ import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pennyweight.errors import FormError, ShapeError, UserError
+
+if TYPE_CHECKING:
+    from pennyweight.weights.one_row import Prepared
 
 _FORMS: dict[str, type[Weight]] = {}
 FormType = TypeVar("FormType", bound="type[Weight]")
@@ -108,6 +111,10 @@ class Weight(nn.Module, abc.ABC):
     def rows(self, index: Tensor) -> Tensor:
         """Rows ``W[index]`` of shape (*index.shape, N): the look-up of an embedding."""
         return self.dense()[index]
+
+    def prepared(self) -> Prepared | None:
+        """What the C routines multiply one row with, read from the form itself; None where they know no such form."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """The JSON-able constructor arguments that are neither tensors nor parts."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.calibrate.passage import attention_mask
-from pennyweight.calibrate.shadow import native_dtype
+from pennyweight.evaluate.forward import native_dtype
 from pennyweight.calibrate.walk import inputs_of
 from pennyweight.errors import ModelError, OptionError
 from pennyweight.evaluate.forward import device_of
