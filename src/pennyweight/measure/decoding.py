@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from pennyweight.errors import ModelError, OptionError
 from pennyweight.evaluate.forward import accepts, device_of, first_tensor, looking
@@ -81,7 +83,7 @@ def greedy(
     with looking(module, dtype):
         settle()
         start = clock()
-        cache = None if kept_setting(module) is None else kv_cache(module)
+        cache = _empty_cache(module) if kept_setting(module) is None else kv_cache(module)
         output = _step(module, ids, mask[:, : len(prompt)], cache)
         for _ in range(tokens):
             written.append(first_tensor(output)[:, -1:].argmax(-1))
@@ -94,6 +96,11 @@ def greedy(
         settle()
         end = clock()
     return Run(torch.cat(written, 1)[0].cpu(), read - start, (end - read) / (tokens - 1))
+
+
+def _empty_cache(module: nn.Module) -> Any:
+    """As ``generate`` hands it in."""
+    return DynamicCache(config=module.config) if isinstance(module, PreTrainedModel) else None
 
 
 def _step(module: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> Any:

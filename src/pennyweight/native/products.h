@@ -130,6 +130,50 @@ static inline Floats taken(Floats sum, const uint8_t *w, int shift, int mask, co
 }
 #endif
 
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#define SPREADS
+/* For each width: which bytes the lanes of eight take, and by how many bits each code of a lane is shifted. */
+static uint8_t spreads[8][64], shifts[8][64];
+__attribute__((constructor)) static void fill_spreads(void)
+{
+    for (int bits = 1; bits < 8; bits++)
+        for (int k = 0; k < 64; k++) {
+            spreads[bits][k] = k / 8 * bits + k % 8;
+            shifts[bits][k] = k % 8 * bits;
+        }
+}
+
+/* 64 codes, a byte each: to each lane of eight the bytes that its codes lie in, from which each takes its bits. */
+static inline __m512i spread(const uint8_t *w, int bits)
+{
+    __builtin_prefetch(w + 1024); /* masked loads are not foreseen: without it memory takes thrice as long */
+    const __m512i packed = _mm512_maskz_loadu_epi8(((__mmask64)1 << (8 * bits)) - 1, w);
+    const __m512i lanes = _mm512_permutexvar_epi8(_mm512_loadu_si512(spreads[bits]), packed);
+    const __m512i found = _mm512_multishift_epi64_epi8(_mm512_loadu_si512(shifts[bits]), lanes);
+    return _mm512_and_si512(found, _mm512_set1_epi8((1 << bits) - 1));
+}
+
+static inline __m512 sixteen(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)); }
+
+/* Sum over groups of scale * (codes . x), codes of 1 to 7 bits; groups are multiples of 64. */
+static float grouped_spread(const uint8_t *w, int bits, const float *x, const float *scale, int groups, int group)
+{
+    Floats sum = none();
+    for (int g = 0; g < groups; g++) {
+        Floats a = none(), b = none();
+        for (int j = 0; j < group; j += 64, w += 8 * bits, x += 64) {
+            const __m512i codes = spread(w, bits);
+            a = _mm512_fmadd_ps(sixteen(_mm512_castsi512_si128(codes)), _mm512_loadu_ps(x), a);
+            b = _mm512_fmadd_ps(sixteen(_mm512_extracti32x4_epi32(codes, 1)), _mm512_loadu_ps(x + 16), b);
+            a = _mm512_fmadd_ps(sixteen(_mm512_extracti32x4_epi32(codes, 2)), _mm512_loadu_ps(x + 32), a);
+            b = _mm512_fmadd_ps(sixteen(_mm512_extracti32x4_epi32(codes, 3)), _mm512_loadu_ps(x + 48), b);
+        }
+        sum = scaled(sum, add(a, b), scale[g]);
+    }
+    return total(sum);
+}
+#endif
+
 /* Sum over groups of scale * (codes . x), codes a byte each; groups are multiples of 16. */
 static float grouped_u8(const uint8_t *w, const float *x, const float *scale, int groups, int group)
 {
@@ -197,25 +241,30 @@ static float any_u8(const uint8_t *w, const float *x, const float *scale, int gr
     return sum;
 }
 
-/* A row of codes of any width, one byte each; ``codes`` has room for n + 8. */
+/* A row of codes of 1 to 7 bits, one byte each; ``codes`` has room for n + 8. */
 static void unpack(const uint8_t *w, int64_t bytes, int bits, int n, uint8_t *codes)
 {
     const uint64_t mask = (1u << bits) - 1;
-    for (int j = 0; j < n; j += 8) {
+    int j = 0;
+#ifdef SPREADS
+    for (; j + 64 <= n; j += 64)
+        _mm512_storeu_si512(codes + j, spread(w + (int64_t)j / 8 * bits, bits));
+#endif
+    for (; j < n; j += 8) {
         const int64_t at = (int64_t)j / 8 * bits;
-        uint64_t word = 0, spread;
+        uint64_t word = 0, apart;
         if (at + 8 <= bytes)
             memcpy(&word, w + at, 8);
         else
             memcpy(&word, w + at, bytes - at);
 #ifdef __BMI2__
-        spread = _pdep_u64(word, mask * 0x0101010101010101u);
+        apart = _pdep_u64(word, mask * 0x0101010101010101u);
 #else
-        spread = 0;
+        apart = 0;
         for (int k = 0; k < 8; k++)
-            spread |= ((word >> (bits * k)) & mask) << (8 * k);
+            apart |= ((word >> (bits * k)) & mask) << (8 * k);
 #endif
-        memcpy(codes + j, &spread, 8);
+        memcpy(codes + j, &apart, 8);
     }
 }
 
@@ -290,6 +339,10 @@ static float packed_row(const Matrix *a, const float *x, const float *held, int 
     } else if (a->bits == 2 && whole && group % 64 == 0) {
         const float *const planes[4] = {held, held + n / 4, held + n / 2, held + n / 4 * 3};
         sum += grouped_u2(w, planes, scale, a->groups, group);
+#ifdef SPREADS
+    } else if (a->bits < 8 && whole && group % 64 == 0) {
+        sum += grouped_spread(w, a->bits, x, scale, a->groups, group);
+#endif
     } else {
         if (a->bits != 8) {
             unpack(w, a->stride, a->bits, n, codes);
