@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from pennyweight.train import optim, schedules
     from pennyweight.train.constrained import data_constrained
     from pennyweight.train.distributed import processes
+    from pennyweight.train.dynamic import DynamicSparsity
     from pennyweight.train.loop import Trainer, next_token_loss
     from pennyweight.train.optim import effective_step
     from pennyweight.train.quantized import qat
     from pennyweight.train.samples import Samples, byte_windows, two_stage
 
 _WHERE = {
+    "DynamicSparsity": "dynamic",
     "Samples": "samples",
     "Trainer": "loop",
     "byte_windows": "samples",
@@ -28,6 +30,7 @@ _WHERE = {
 _MODULES = ("optim", "schedules")
 
 __all__ = [
+    "DynamicSparsity",
     "Samples",
     "Trainer",
     "byte_windows",

@@ -7,11 +7,8 @@ from torch import Tensor
 
 from pennyweight.claims import Outcome, claim, tiny
 from pennyweight.claims.assets import Assets
-from pennyweight.levers.prune.gradual import GradualPruning
 from pennyweight.measure import stats
-from pennyweight.model import anatomy
 from pennyweight.solvers.masks import smallest
-from pennyweight.train.schedules import wsd
 from pennyweight.train.sparsity_schedules import CubicSchedule
 from pennyweight.zoo.gpt import GPT
 
@@ -25,24 +22,14 @@ _SCHEDULE = CubicSchedule(final=_SPARSITY, start=200, end=1200, every=10)
 _MARGIN = 0.005  # nats
 
 
-def _layers(module: GPT) -> list[torch.nn.Linear]:
-    found = [module.get_submodule(one.path) for one in anatomy.of(module).maps() if one.block is not None]
-    return [layer for layer in found if isinstance(layer, torch.nn.Linear)]
-
-
 def _trained(width: int, seed: int, schedule: CubicSchedule | None = None) -> GPT:
     module = tiny.gpt(width=width, num_heads=1, seed=seed)
-    pruning = [GradualPruning(_layers(module), schedule)] if schedule else []
-    rate = wsd(_STEPS, _STEPS // 20, 0.3, "linear", peak=_RATE)
-    tiny.trainer(module, rate, batch=32, seed=seed, callbacks=pruning).run(_STEPS)
-    for one in pruning:
-        one.finish()
-    return module
+    return tiny.trained(module, _STEPS, rate=_RATE, seed=seed, sparsity=schedule)
 
 
 @torch.no_grad()
 def _pruned_at_once(module: GPT) -> GPT:
-    for layer in _layers(module):
+    for layer in tiny.layers(module):
         weight = layer.weight
         weight[smallest(weight.abs().flatten(), round(_SPARSITY * weight.numel())).view_as(weight)] = 0
     return module
@@ -50,7 +37,7 @@ def _pruned_at_once(module: GPT) -> GPT:
 
 def _bytes(module: GPT) -> int:
     """Of 16-bit values; a matrix with zeros in it is counted without them, but with a bit for each place."""
-    layers = _layers(module)
+    layers = tiny.layers(module)
     inside = {id(layer.weight) for layer in layers}
     held = sum(2 * weight.numel() for weight in module.parameters() if id(weight) not in inside)
     for layer in layers:
