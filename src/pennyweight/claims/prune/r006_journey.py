@@ -16,7 +16,7 @@ from pennyweight.train.sparsity_schedules import between_plateaus, mean_sparsity
 from pennyweight.zoo.gpt import GPT
 
 _SEEDS = (0, 1, 2)
-_STEPS = 700
+_STEPS = 450
 _WIDTHS = (32, 38, 46, 54, 64)  # of the dense models
 #: (width of the sparse run, width of the dense model of its average size)
 _PAIRS = ((64, 46), (64, 54), (54, 38))
