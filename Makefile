@@ -39,7 +39,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 claims: $(READY)
-	$(BIN)/pennyweight claims run --all --page docs/claims.md
+	$(BIN)/pennyweight claims run --all --page docs/claims.md --keep runs/claims.jsonl
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,7 +12,7 @@ from pennyweight.claims import claim as declare
 from pennyweight.claims import runner as runner_module
 from pennyweight.claims.quantize import r226_taxonomy
 from pennyweight.cli import main
-from pennyweight.errors import OptionError
+from pennyweight.errors import DataError, OptionError
 from pennyweight.levers.quantize.scheme import Scheme
 
 REGISTRY = __import__("pennyweight.claims.claim", fromlist=["_REGISTRY"])._REGISTRY
@@ -57,6 +57,29 @@ def test_claims_run_one_record_each_in_order_of_rows(three):
     assert [r.row for r in run([5])] == [5]  # asked for by row: slow ones, too
     with pytest.raises(OptionError, match=r"no claim is about row 6; rows with claims: 5, 118, 196"):
         run([5, 6])
+
+
+def test_what_was_finished_is_not_run_again(three, tmp_path, monkeypatch):
+    keep = tmp_path / "new" / "kept.jsonl"
+    list(run([118], keep=keep))
+    first = list(run([196], keep=keep))
+    assert main(["claims", "run", "--rows", "196", "--keep", str(keep), "--all"]) == 0
+    assert len(keep.read_text().splitlines()) == 2  # nothing was added
+    runner_module.sources.cache_clear()
+    ran = []
+    monkeypatch.setattr(runner_module, "run_one", lambda one, assets: ran.append(one.row) or first[0])
+    assert list(run([196], keep=keep)) == first  # control and interval too
+    assert ran == []
+    list(run(slow=True, keep=keep))
+    assert ran == [5]
+    monkeypatch.setattr(runner_module, "sources", lambda: "of other code")
+    list(run([118, 196], keep=keep))
+    assert ran == [5, 118, 196]
+    keep.write_text("{}\n")
+    with pytest.raises(DataError, match="line 1 is no record"):
+        list(run([196], keep=keep))
+    text = page(first, machine="here", waiting=["some_claim"])
+    assert "Not run when this was written: some claim." in text
 
 
 def test_the_command_line_says_so_when_a_claim_does_not_hold(three, capsys, tmp_path):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pennyweight
 from pennyweight.claims.assets import Assets
 from pennyweight.claims.claim import PACES, Claim, Outcome, Pace, claims
+from pennyweight.errors import DataError
 from pennyweight.rows import row
 
 
@@ -59,19 +65,63 @@ class Record:
         )
 
 
-def run(rows: Iterable[int] | None = None, *, slow: bool = False, assets: Assets | None = None) -> Iterator[Record]:
+def run(
+    rows: Iterable[int] | None = None, *, slow: bool = False, assets: Assets | None = None, keep: Path | None = None
+) -> Iterator[Record]:
     """Run claims and yield a record each.
 
     Args:
         rows: those about these rows, quick and slow; None runs all quick ones.
         slow: with ``rows=None``, the slow ones too.
         assets: shared with other runs; None makes its own.
+        keep: a file of records, one appended as each claim ends. Those that it has of these very sources come first,
+            and are not run again.
 
     Raises:
         OptionError: a row without a claim, before anything runs.
+        DataError: ``keep`` holds something else.
     """
     chosen = [one for one in claims(rows) if rows is not None or slow or one.pace == "quick"]
-    return (run_one(one, assets) for assets in (assets or Assets(),) for one in chosen)
+    return _run(chosen, assets or Assets(), keep)
+
+
+def _run(chosen: list[Claim], assets: Assets, keep: Path | None) -> Iterator[Record]:
+    known = {} if keep is None else _kept(keep)
+    yield from (known[one.name] for one in chosen if one.name in known)
+    for one in chosen:
+        if one.name in known:
+            continue
+        record = run_one(one, assets)
+        if keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            with keep.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"sources": sources(), "record": record.plain()}, ensure_ascii=False) + "\n")
+        yield record
+
+
+def _kept(keep: Path) -> dict[str, Record]:
+    found = {}
+    for number, line in enumerate(keep.read_text(encoding="utf-8").splitlines() if keep.exists() else (), 1):
+        try:
+            entry = json.loads(line)
+            if entry["sources"] == sources() and entry["record"]["error"] is None:
+                record = Record(**entry["record"])
+                pairs = (tuple(pair) if (pair := getattr(record, name)) else None for name in ("control", "interval"))
+                control, interval = pairs
+                found[record.name] = dataclasses.replace(record, control=control, interval=interval)
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{keep}: line {number} is no record of a claim; give another file") from None
+    return found
+
+
+@cache
+def sources() -> str:
+    """A digest of every line of code here: what a record was made with."""
+    digest = hashlib.sha256()
+    home = Path(pennyweight.__file__).parent
+    for file in sorted((*home.rglob("*.py"), *home.rglob("*.c"), *home.rglob("*.h"))):
+        digest.update(f"{file.relative_to(home)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def run_one(one: Claim, assets: Assets) -> Record:
@@ -103,13 +153,15 @@ def run_one(one: Claim, assets: Assets) -> Record:
     )
 
 
-def page(records: Iterable[Record], *, machine: str) -> str:
+def page(records: Iterable[Record], *, machine: str, waiting: Iterable[str] = ()) -> str:
     """The Markdown of ``docs/claims.md``.
 
     Args:
-        records: of a full run.
+        records: of a full run, or of as much of it as is done.
         machine: where it ran, in words.
+        waiting: names of claims that are still to be run.
     """
+    left = sorted(waiting)
     found = sorted(records, key=lambda record: (record.row, record.name))
     held = sum(record.holds for record in found)
     lines = [
@@ -137,6 +189,8 @@ def page(records: Iterable[Record], *, machine: str) -> str:
             + ("" if record.seconds <= PACES[record.pace] else f" (over {PACES[record.pace]:.0f})"),
         ]
         lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    if left:
+        lines += ["", f"Not run when this was written: {', '.join(name.replace('_', ' ') for name in left)}."]
     notes = [f"* Row {record.row}: {record.notes}" for record in found if record.notes]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 

@@ -58,27 +58,31 @@ def claims_run(
     every: Annotated[bool, typer.Option("--all", help="The slow ones too (minutes each).")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON record a line.")] = False,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the page of a full run there.")] = None,
+    keep: Annotated[Path | None, typer.Option(metavar="FILE", help="Records; go on after those it has.")] = None,
 ) -> None:
     """Run claims, a record each; exit code 1 when one does not hold."""
     import json as to_json
 
+    from pennyweight.claims import claims as all_claims
     from pennyweight.claims import page as page_of
     from pennyweight.claims import run
 
     if page is not None and (rows is not None or not every):
         raise OptionError("claims run: the page is of a full run; give --all and no --rows with --page")
-    found = []
-    for record in run(_numbers(rows), slow=every):
+    found, waiting = [], {one.name for one in all_claims()}
+    for record in run(_numbers(rows), slow=every, keep=keep):
         found.append(record)
+        waiting.discard(record.name)
         print(to_json.dumps(record.plain(), ensure_ascii=False) if json else record.line, flush=True)
-    if page is not None:
-        import torch
+        if page is not None:
+            import torch
 
-        from pennyweight.receipt import Machine
-        from pennyweight.safe_write import write_text
+            from pennyweight.receipt import Machine
+            from pennyweight.safe_write import write_text
 
-        machine = Machine.here(threads=torch.get_num_threads())
-        write_text(page, page_of(found, machine=f"{machine.processor}, {machine.threads} threads"))
+            machine = Machine.here(threads=torch.get_num_threads())
+            where = f"{machine.processor}, {machine.threads} threads"
+            write_text(page, page_of(found, machine=where, waiting=waiting))
     if not all(record.holds for record in found):
         raise typer.Exit(1)
 
