@@ -30,6 +30,7 @@ from pennyweight.weights import (
     BlockDiagonal,
     BlockSparse,
     Codebook,
+    DeepHash,
     Dense,
     Diagonal,
     DictionaryCoded,
@@ -50,8 +51,11 @@ from pennyweight.weights import (
     Quantized,
     RandomBasis,
     Rotation,
+    SharedRows,
     Sparse,
+    Stacked,
     Sum,
+    TensorTrain,
     Transposed,
     VectorCodebook,
     Weight,
@@ -280,6 +284,61 @@ def premerged(g: Generator, m: int, n: int) -> Drawn:
     return Premerged(weight, max_rows=2), matrix
 
 
+def shared_rows(rule: str) -> Form:
+    """Rows of a table picked in a loop."""
+
+    def shared(g: Generator, m: int, n: int) -> Drawn:
+        step = {"stored": 2, "quotient": 3}.get(rule, 1)
+        blocks = -(-m // step)
+        table = draw(g, {"stored": 4, "quotient": blocks}.get(rule, 3), n)
+        index = whole(g, 2, blocks) if rule == "stored" else None
+        place = {
+            "stored": lambda i: 0 if index is None else int(index[i // 2]) * 2 + i % 2,
+            "quotient": lambda i: i // 3,
+            "remainder": lambda i: i % 3,
+            "hash": lambda i: int(hash32_plain(np.array([i + 0x9E3779B9], dtype=np.uint64))[0]) % 3,
+        }[rule]
+        return SharedRows(Dense(table), index, rows=m, rule=rule, step=step), torch.stack(  # type: ignore[arg-type]
+            [table[place(i)] for i in range(m)]
+        )
+
+    shared.__name__ = f"shared_rows_{rule}"
+    return shared
+
+
+def stacked(g: Generator, m: int, n: int) -> Drawn:
+    parts = [low_rank(g, 1, n), dense(g, m - 1, n)] if m > 1 else [dense(g, m, n)]
+    return Stacked(*(part[0] for part in parts)), torch.cat([part[1] for part in parts])
+
+
+def stacked_beside(g: Generator, m: int, n: int) -> Drawn:
+    parts = [low_rank(g, m, 1), dense(g, m, n - 1)] if n > 1 else [dense(g, m, n)]
+    return Stacked(*(part[0] for part in parts), axis=1), torch.cat([part[1] for part in parts], dim=1)
+
+
+def tensor_train(g: Generator, m: int, n: int) -> Drawn:
+    d = next(k for k in range(min(n, 2), 0, -1) if n % k == 0)
+    a, b, c = 2, -(-m // 4), 2
+    first, second, third = draw(g, a, d, 2), draw(g, b, 2, n // d, 3), draw(g, c, 3, 1)
+    matrix = torch.empty(m, n)
+    for row in range(m):
+        for column in range(n):
+            one, two = first[row // (b * c), column // (n // d)], second[row // c % b, :, column % (n // d)]
+            matrix[row, column] = one @ two @ third[row % c, :, 0]
+    return TensorTrain(first, second, third, rows=m), matrix
+
+
+def deep_hash(g: Generator, m: int, n: int) -> Drawn:
+    hidden, bias, last, last_bias = draw(g, 4, 3), draw(g, 4), draw(g, n, 4), draw(g, n)
+    key = hash32_plain(np.arange(3, dtype=np.uint64) + hash32_plain(np.array([5], dtype=np.uint64))[0])
+    rows = []
+    for i in range(m):
+        code = (hash32_plain(np.uint64(i) ^ key) >> np.uint64(8)).astype(np.float64) / 2**23 - 1
+        inner = hidden.double() @ torch.from_numpy(code) + bias.double()
+        rows.append(last.double() @ (inner * torch.tanh(torch.log1p(inner.exp()))) + last_bias.double())
+    return DeepHash(hidden, bias, last, last_bias, rows=m, seed=5), torch.stack(rows).float()
+
+
 def kronecker(g: Generator, m: int, n: int) -> Drawn:
     m1, n1 = next(d for d in (3, 2, 1) if m % d == 0), next(d for d in (5, 2, 1) if n % d == 0)
     outer, inner = draw(g, m1, n1), draw(g, m // m1, n // n1)
@@ -375,6 +434,14 @@ FORMS: list[Form] = [
     block_diagonal,
     monarch,
     premerged,
+    shared_rows("stored"),
+    shared_rows("quotient"),
+    shared_rows("remainder"),
+    shared_rows("hash"),
+    stacked,
+    stacked_beside,
+    tensor_train,
+    deep_hash,
     kronecker,
     hashed,
     random_basis,

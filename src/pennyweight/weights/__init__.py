@@ -3,6 +3,7 @@
 from pennyweight.weights.activations import Activation
 from pennyweight.weights.codebook import Codebook, normal_float
 from pennyweight.weights.combine import Hadamard, Product, Sum
+from pennyweight.weights.deep_hash import DeepHash
 from pennyweight.weights.dense import Dense
 from pennyweight.weights.dictionary import DictionaryCoded
 from pennyweight.weights.entropy import EntropyCoded
@@ -15,8 +16,11 @@ from pennyweight.weights.low_rank import LowRank
 from pennyweight.weights.premerged import Premerged
 from pennyweight.weights.quantized import Integers, Quantized, doubled
 from pennyweight.weights.rotation import Rotation
+from pennyweight.weights.shared_rows import SharedRows
 from pennyweight.weights.sparse import BlockSparse, NofM, Sparse
+from pennyweight.weights.stacked import Stacked
 from pennyweight.weights.structured import BlockDiagonal, Diagonal, Kronecker, Monarch, Permutation
+from pennyweight.weights.tensor_train import TensorTrain
 from pennyweight.weights.transposed import Transposed
 from pennyweight.weights.vector import VectorCodebook
 from pennyweight.weights.weight import Cost, Nested, Weight, check_finite, form, forms, rebuild, stored_bytes, structure
@@ -31,6 +35,7 @@ __all__ = [
     "CompactEmbedding",
     "CompactLinear",
     "Cost",
+    "DeepHash",
     "Dense",
     "Diagonal",
     "DictionaryCoded",
@@ -52,8 +57,11 @@ __all__ = [
     "Quantized",
     "RandomBasis",
     "Rotation",
+    "SharedRows",
     "Sparse",
+    "Stacked",
     "Sum",
+    "TensorTrain",
     "Transposed",
     "VectorCodebook",
     "Weight",

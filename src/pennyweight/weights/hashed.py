@@ -106,8 +106,12 @@ class Hashed(Weight):
 
     def _places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(stop - start,) place of the value and sign (int8) of each entry of that stretch of the scan order."""
+        return self._places_of(torch.arange(start, stop, device=self.values.device), start, stop)
+
+    def _places_of(self, entries: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same of ``entries``, numbers in scan order from ``start`` to below ``stop``."""
         count, device = len(self.values), self.values.device
-        number = torch.arange(self.offset + start, self.offset + stop, device=device)
+        number = entries + self.offset
         stretch = torch.div(number, count, rounding_mode="floor")
         first = int(self.offset + start) // count
         last = int(self.offset + stop - 1) // count
@@ -125,6 +129,16 @@ class Hashed(Weight):
 
     def dense(self) -> Tensor:
         return self._entries(0, self.shape[0] * self.shape[1]).view(self.shape)
+
+    def rows(self, index: Tensor) -> Tensor:
+        flat = index.reshape(-1)
+        if not len(flat):
+            return self.values.new_zeros(*index.shape, self.shape[1])
+        start, stop = int(flat.min()) * self.shape[1], (int(flat.max()) + 1) * self.shape[1]
+        entries = flat[:, None] * self.shape[1] + torch.arange(self.shape[1], device=flat.device)
+        place, sign = self._places_of(entries.reshape(-1), start, stop)
+        found = self.values.index_select(0, place) * (sign * self.scale).to(self.values.dtype)
+        return found.view(*index.shape, self.shape[1])
 
     def _entries(self, start: int, stop: int) -> Tensor:
         place, sign = self._places(start, stop)
