@@ -241,9 +241,11 @@ def test_what_cannot_be_masked_is_refused():
 # ---- the decay behind the momentum
 
 
-def test_decayed_adamw_follows_the_formula():
+@pytest.mark.parametrize("anneal", [0, 3])
+def test_decayed_adamw_follows_the_formula(anneal):
     weight, mask = nn.Parameter(drawn(4, 8).double()), drawn(4, 8, seed=1) > 0
-    optimizer = MaskedAdamW([weight], [(weight, mask)], lr=0.01, betas=(0.8, 0.9), weight_decay=0.1, mask_decay=0.05)
+    options = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1, "mask_decay": 0.05, "anneal": anneal}
+    optimizer = MaskedAdamW([weight], [(weight, mask)], **options)
     w, m, v = weight.detach().clone(), torch.zeros(4, 8).double(), torch.zeros(4, 8).double()
     for t in range(1, 6):
         grad = drawn(4, 8, seed=10 + t).double()
@@ -251,7 +253,7 @@ def test_decayed_adamw_follows_the_formula():
         optimizer.step()
         w = w * (1 - 0.01 * 0.1)
         m = 0.8 * m + 0.2 * grad
-        u = m + 0.05 * w * ~mask
+        u = m + (0.05 * min(1, (t - 1) / anneal) if anneal else 0.05) * w * ~mask
         v = 0.9 * v + 0.1 * u**2
         w = w - 0.01 / (1 - 0.8**t) * u / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
         torch.testing.assert_close(weight.detach(), w, rtol=1e-12, atol=1e-12)

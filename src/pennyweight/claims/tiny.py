@@ -7,8 +7,10 @@ Shape letters: C windows, T tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 from pennyweight.evaluate.perplexity import token_losses
 from pennyweight.levers.prune.gradual import GradualPruning
 from pennyweight.model import anatomy
+from pennyweight.model.model import Model
 from pennyweight.train import Samples, Trainer, byte_windows
 from pennyweight.train.loop import Callback
 from pennyweight.train.schedules import Schedule, wsd
 from pennyweight.train.sparsity_schedules import SparsitySchedule
+from pennyweight.work import ModelLever, Work
 from pennyweight.zoo.gpt import GPT, GPTConfig
 
 VOCABULARY = 128
@@ -89,3 +93,20 @@ def trained(
 def held_out_losses(module: nn.Module) -> Tensor:
     """Nats a byte on held-out windows: (C, T-1)."""
     return token_losses(module, text()[1], batch=128)
+
+
+@lru_cache(maxsize=2)
+def reader(width: int = 64, steps: int = 800) -> Model:
+    """A GPT of bytes that has read program code; shared, so not to be changed: copy it."""
+    module = gpt(width=width)
+    with one_thread():
+        trainer(module, wsd(steps, steps // 20, 0.3, "linear", peak=5e-3), batch=32).run(steps)
+    return Model(module.eval(), None, "a GPT of bytes", kind="causal-lm")
+
+
+def changed(model: Model, lever: ModelLever, *, windows: int, seed: int = 0) -> Model:
+    """A copy whose blocks ``lever`` has changed, on that many windows of the text to train on."""
+    made = replace(model, module=copy.deepcopy(model.module))
+    maps = tuple(found for found in made.anatomy.layers() if found.block is not None)
+    lever.change(made, Work(model=made, windows=text()[0][:windows], maps=maps, seed=seed))
+    return made

@@ -380,7 +380,8 @@ class MaskedAdamW(Optimizer):
         betas: of the running means of gradients, and of the squares of u (of gradients where there is no mask).
         eps: added to the denominator.
         weight_decay: decoupled, of all weights of the group.
-        mask_decay: see above; an option of each group, to be changed as training goes on.
+        mask_decay: see above.
+        anneal: steps over which it rises from 0, as the paper has it; 0 for at once.
 
     Raises:
         OptionError: a number outside its range.
@@ -396,8 +397,9 @@ class MaskedAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         mask_decay: float = 0.0,
+        anneal: int = 0,
     ) -> None:
-        numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "mask_decay": mask_decay}
+        numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "mask_decay": mask_decay, "anneal": anneal}
         for name, value in numbers.items():
             if not 0 <= value < math.inf:
                 raise OptionError(f"MaskedAdamW: {name} = {value}; give a finite number of 0 or more")
@@ -430,7 +432,8 @@ class MaskedAdamW(Optimizer):
         mean.lerp_(weight.grad, 1 - beta1)
         mask, update, squared = self._masks.get(weight), mean, weight.grad
         if mask is not None:
-            update = squared = torch.where(mask, mean, mean + group["mask_decay"] * weight)
+            done = (state["step"] - 1) / group["anneal"] if group["anneal"] else 1.0
+            update = squared = torch.where(mask, mean, mean + group["mask_decay"] * min(1.0, done) * weight)
         square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
         scale = square.sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
         weight.addcdiv_(update, scale, value=-group["lr"] / (1 - beta1 ** state["step"]))
