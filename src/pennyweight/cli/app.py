@@ -62,11 +62,17 @@ def measure(
     roofline: Annotated[
         bool, typer.Option("--roofline", help="Bound every operation on --device instead; a config.json will do.")
     ] = False,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Take time and memory of training and generation apart instead.")
+    ] = False,
+    idealized: Annotated[
+        bool, typer.Option("--idealized", help="Fit the time of any query to a few runs instead.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="See `devices`; here is this machine, after `tune`; or a profile as JSON.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences, of --roofline.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences, of --roofline and --breakdown.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each; the longest prompt of --idealized.")] = 512,
     precision: Annotated[
         str | None, typer.Option(metavar="BITS", help="Of --roofline: w4a16, w4a16kv8, fp16, int8, ...")
     ] = None,
@@ -74,10 +80,11 @@ def measure(
     json: Json = None,
 ) -> None:
     """What a model costs and how good it is, with intervals."""
-    if roofline:
+    if roofline or breakdown or idealized:
         machines.taken_apart(
-            model, roofline=True, device=device, batch=batch, context=context, precision=precision, json=json
-        )
+            model, roofline=roofline, breakdown=breakdown, idealized=idealized, device=device, batch=batch,
+            context=context, precision=precision, json=json,
+        )  # fmt: skip
         return
     from pennyweight.cli.progress import progress
     from pennyweight.cli.tables import emit, show

@@ -55,21 +55,54 @@ def taken_apart(
     model: str,
     *,
     roofline: bool,
+    breakdown: bool,
+    idealized: bool,
     device: str | None,
     batch: int,
     context: int,
     precision: str | None,
     json: Path | None,
 ) -> None:
-    """What `measure --roofline` and `measure --breakdown` do."""
+    """What `measure` does with --roofline, --breakdown or --idealized."""
     from pennyweight.cli.tables import emit, show
 
+    if roofline + breakdown + idealized > 1:
+        raise OptionError("measure: give one of --roofline, --breakdown and --idealized at a time")
+    if not roofline and (device is not None or precision is not None):
+        raise OptionError(
+            "measure: --device and --precision are of --roofline; without it, the model runs here as it is"
+        )
     if roofline:
         found = _rooflines(model, device, batch, context, precision)
+    else:
+        found = _breakdowns(model, batch, context) if breakdown else [_idealized(model, context)]
     for one in found:
         show(one.table())
     if json:
         emit([one.to_json() for one in found], json)
+
+
+def _breakdowns(model: str, batch: int, context: int) -> list[Any]:
+    import torch
+
+    from pennyweight.measure import dissect
+    from pennyweight.model.loading import load
+
+    loaded = load(model)
+    if loaded.anatomy.embedding is None or loaded.anatomy.head is None:
+        raise OptionError(f"measure --breakdown: {loaded.name} is no language model; `measure.dissect` takes any loss")
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(loaded.anatomy.embedding.shape[0], (batch, context), generator=draws)
+    trainings = [dissect.training(loaded, ids, technique=technique) for technique in dissect.TECHNIQUES]
+    return [*trainings, dissect.generation(loaded, ids[0])]
+
+
+def _idealized(model: str, context: int) -> Any:
+    from pennyweight.measure.idealized import fit, time_queries
+    from pennyweight.model.loading import load
+
+    prompts = sorted({max(1, context // 16), max(1, context // 4), context})
+    return fit(time_queries(load(model), prompts=prompts))
 
 
 def _rooflines(model: str, device: str | None, batch: int, context: int, precision: str | None) -> list[Any]:
