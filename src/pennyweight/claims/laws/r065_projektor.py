@@ -1,4 +1,4 @@
-"""Row 65, projektor: pilots and optimal transport predict unseen mixtures, though no better than a plane here."""
+"""Row 65, projektor: pilots and optimal transport against a plane in the ratios, which predicts as well here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _true(sources: list[tuple[np.ndarray, np.ndarray]], valid: tuple[np.ndarray,
 
 
 @claim(row=65, pace="quick", headline="predicts at larger sizes and chooses better mixtures than its rivals (abstract)")
-def pilots_predict_unseen_mixtures(assets: Assets) -> Outcome:
+def pilots_predict_unseen_mixtures_better_than_a_plane(assets: Assets) -> Outcome:
     """Three sources of digits; a ridge classifier; 14 mixtures at twice the larger pilot."""
     sources, valid = _sources()
     model = data.projektor(sources, valid, pilot_sizes=_PILOTS, ratios=_GRID, draws=_DRAWS)
@@ -59,13 +59,13 @@ def pilots_predict_unseen_mixtures(assets: Assets) -> Outcome:
     chosen, uniform = (_true(sources, valid, q) for q in (best, np.full(3, 1 / 3)))
     return Outcome(
         method=errors[0],
-        baseline=errors[2],
+        baseline=errors[1],
         unit="mean absolute error of predicted accuracy",
-        holds=bool(errors[0] < 0.5 * errors[2] and chosen > uniform + 0.05),
-        control=("accuracy linear in the ratios, from the same pilots", errors[1]),
+        holds=bool(errors[0] < min(errors[1:]) and chosen > uniform + 0.05),
+        control=("one accuracy for all mixtures", errors[2]),
         notes=(
             f"chosen mixture {', '.join(f'{share:.2f}' for share in best)}: accuracy {chosen:.3f}, "
-            f"uniform {uniform:.3f}; baseline: one accuracy for all mixtures"
+            f"uniform {uniform:.3f}; baseline: accuracy linear in the ratios, from the same pilots"
         ),
     )
 

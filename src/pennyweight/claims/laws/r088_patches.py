@@ -1,6 +1,11 @@
-"""Row 88, patchification: smaller patches lower the test loss, and a resized patch learns sooner than a fresh one."""
+"""Row 88, patchification: smaller patches against larger at equal steps, and a resized patch that learns sooner.
+
+On as few steps as these the smallest patches have not caught up: 4 beats 8 by far, and 2 does not beat 4.
+"""
 
 from __future__ import annotations
+
+from functools import cache
 
 import numpy as np
 import torch
@@ -54,28 +59,47 @@ def _judged(module: torch.nn.Module) -> float:
     return float(_loss(module, _Marks().take(2**30, 1000)))
 
 
-@claim(row=88, pace="slow", headline="smaller patches always help, down to single pixels: 84.6 % (abstract)")
+_HEADLINE = "smaller patches always help, down to single pixels: 84.6 % (abstract)"
+
+
+@cache
+def _models(patch: int) -> tuple[torch.nn.Module, ...]:
+    return tuple(_trained(patch, seed, _STEPS) for seed in _SEEDS)
+
+
+@claim(row=88, pace="slow", headline=_HEADLINE)
 @tiny.one_thread()
 def smaller_patches_lower_the_loss(assets: Assets) -> Outcome:
-    """Marks of two pixels among noise; patches of 8, 4 and 2 at equal steps; and a trained 4 turned into a 2."""
-    trained = {(patch, seed): _trained(patch, seed, _STEPS) for patch in _PATCHES for seed in _SEEDS}
-    means = {patch: float(np.mean([_judged(trained[patch, seed]) for seed in _SEEDS])) for patch in _PATCHES}
+    """Marks of two pixels among noise; patches of 8, 4 and 2 at equal steps."""
+    means = {patch: float(np.mean([_judged(one) for one in _models(patch)])) for patch in _PATCHES}
     tokens = [(_SIDE // patch) ** 2 for patch in _PATCHES]
     law = laws.fit({"tokens": tokens, "loss": list(means.values())}, "power", axis="tokens", holdout=False)
-    # a quarter of the steps on the small patch, from scratch and from the function that larger patches learned
-    short = _STEPS // 4
-    scratch = float(np.mean([_judged(_trained(2, seed, short)) for seed in _SEEDS]))
-    turned = float(np.mean([_judged(_trained(2, seed, short, repatch(trained[4, seed], 2))) for seed in _SEEDS]))
     return Outcome(
         method=means[2],
-        baseline=means[8],
+        baseline=means[4],
         unit="test loss, nats, mean of two seeds",
-        holds=bool(means[2] < 0.5 * means[8] and means[4] < 0.5 * means[8] and turned < 0.8 * scratch),
-        control=("patch 2 after a quarter of the steps: resized from 4, over from scratch", turned / scratch),
+        holds=bool(means[2] < means[4] < means[8]),
+        control=("patches of 8", means[8]),
         notes=(
             "by patch: " + ", ".join(f"{patch}: {loss:.3f}" for patch, loss in means.items())
-            + f"; exponent of tokens {law.alpha:.2f}; resized {turned:.3f}, from scratch {scratch:.3f}"
-            + "; at equal steps 2 is not better than 4 here; forward cost "
+            + f"; baseline: patches of 4; exponent of tokens {law.alpha:.2f}; forward cost "
             + ", ".join(f"{laws.flops.vit(_SIDE, patch, 32, 2, channels=1).forward_flops:.2g}" for patch in _PATCHES)
         ),
     )  # fmt: skip
+
+
+@claim(row=88, pace="slow", headline=_HEADLINE)
+@tiny.one_thread()
+def a_resized_patch_learns_sooner_than_a_fresh_one(assets: Assets) -> Outcome:
+    """A quarter of the steps on patches of 2, from scratch and from the function that patches of 4 learned."""
+    short = _STEPS // 4
+    scratch = float(np.mean([_judged(_trained(2, seed, short)) for seed in _SEEDS]))
+    large = _models(4)
+    turned = [_judged(_trained(2, seed, short, repatch(one, 2))) for seed, one in zip(_SEEDS, large, strict=True)]
+    return Outcome(
+        method=float(np.mean(turned)),
+        baseline=scratch,
+        unit="test loss of patches of 2 after a quarter of the steps, nats, mean of two seeds",
+        holds=bool(np.mean(turned) < 0.8 * scratch),
+        control=("the patches of 4 it began from", float(np.mean([_judged(one) for one in large]))),
+    )

@@ -1,4 +1,8 @@
-"""Row 95, MergeAtScale: merged experts keep much of what each gained, and do better elsewhere than single experts."""
+"""Row 95, MergeAtScale: merged experts keep much of what each gained, and do better elsewhere than single experts.
+
+One of the paper's findings. That stronger bases and larger models merge better, and that methods then differ less, is
+not run here (one base, one size); that more experts keep less of each is in the notes, and averaging does not show it.
+"""
 
 from __future__ import annotations
 

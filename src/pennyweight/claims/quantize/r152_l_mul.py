@@ -1,4 +1,4 @@
-"""Row 152, L-Mul: 3-bit mantissas err less than E5M2 products, 4-bit ones more than E4M3; attention pays a percent.
+"""Row 152, L-Mul: 3-bit mantissas err less than E5M2 products; 4-bit ones err more than E4M3, and attention shows it.
 
 The order of the paper holds for 3 bits and not for 4: with the correction of 1/8 that it has for both, products are
 11 % of a power of two too large on the average, where rounding to E4M3 errs on either side.
@@ -6,6 +6,7 @@ The order of the paper holds for 3 bits and not for 4: with the correction of 1/
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ _PRECISION = "a 4-bit mantissa is as precise as float8 e4m3, a 3-bit one more pr
 _ATTENTION = "attention by L-Mul almost lossless; 95 % less energy for products, 80 % for dot products (abstract)"
 
 
-@claim(row=152, pace="quick", headline=_PRECISION)
-def three_bit_l_mul_errs_less_than_e5m2_and_four_bit_more_than_e4m3(assets: Assets) -> Outcome:
-    """Single products of inputs and weights of three blocks of SmolLM2; 8-bit floats have a scale a row."""
+@cache
+def _errors(assets: Assets) -> tuple[float, ...]:
+    """Of L-Mul of 3, 4, 7 bits and 4 without carry, of E5M2 and of E4M3 operands, which have a scale a row."""
     smollm2 = assets.smollm2()
     windows = smollm2.windows("wiki", part="heldout", length=128, count=1, seed=1)
     g = torch.Generator().manual_seed(0)
@@ -44,7 +45,26 @@ def three_bit_l_mul_errs_less_than_e5m2_and_four_bit_more_than_e4m3(assets: Asse
             *(first * second for first, second in rounded),
         ]
         rows.append([_error(found, pair[0] * pair[1]) for found in products])
-    three, four, seven, formula, e5m2, e4m3 = torch.tensor(rows).mean(0).tolist()
+    return tuple(torch.tensor(rows).mean(0).tolist())
+
+
+@claim(row=152, pace="quick", headline=_PRECISION)
+def four_bit_l_mul_errs_no_more_than_e4m3(assets: Assets) -> Outcome:
+    """Single products of inputs and weights of three blocks of SmolLM2."""
+    three, four, _, _, _, e4m3 = _errors(assets)
+    return Outcome(
+        method=four,
+        baseline=e4m3,
+        unit="mean error of a product over mean size, 4-bit L-Mul against E4M3 operands, SmolLM2's inputs and weights",
+        holds=four <= e4m3,
+        control=("L-Mul of 3 bits", three),
+    )
+
+
+@claim(row=152, pace="quick", headline=_PRECISION)
+def three_bit_l_mul_errs_less_than_e5m2(assets: Assets) -> Outcome:
+    """The same products, a bit fewer."""
+    three, four, seven, formula, e5m2, _ = _errors(assets)
     saved = [
         1 - energy.dot_product(1, product="l_mul", sums=sums).joules / energy.dot_product(1, sums=sums).joules
         for sums in ("none", "fp32")
@@ -53,16 +73,15 @@ def three_bit_l_mul_errs_less_than_e5m2_and_four_bit_more_than_e4m3(assets: Asse
         method=three,
         baseline=e5m2,
         unit="mean error of a product over mean size, 3-bit L-Mul against E5M2 operands, SmolLM2's inputs and weights",
-        holds=0.03 < three < 0.98 * e5m2 and e4m3 < four < three,
-        control=("L-Mul of 4 bits, where E4M3 operands err as the notes say", four),
-        notes=f"E4M3 operands: {e4m3:.4g}, so that the order of the paper holds for 3 bits and not for 4; L-Mul of 7 "
-        f"bits: {seven:.4g}; of 4 without the carry: {formula:.4g}; by the table of energies it saves "
+        holds=0.03 < three < 0.98 * e5m2,
+        control=("L-Mul of 4 bits", four),
+        notes=f"L-Mul of 7 bits: {seven:.4g}; of 4 without the carry: {formula:.4g}; by the table of energies it saves "
         f"{100 * saved[0]:.3g} % of products and {100 * saved[1]:.3g} % of dot products in fp32",
     )
 
 
 @claim(row=152, pace="slow", headline=_ATTENTION)
-def attention_by_l_mul_costs_a_percent_of_the_loss(assets: Assets) -> Outcome:
+def attention_by_four_bit_l_mul_is_almost_lossless(assets: Assets) -> Outcome:
     """Both products of every attention of SmolLM2, held-out text: 4 bits, and the 5 bits that are corrected by 1/16."""
     model = assets.smollm2().fresh()
     windows = assets.smollm2().windows("wiki", part="heldout", length=256, count=8, seed=1)
@@ -83,11 +102,11 @@ def attention_by_l_mul_costs_a_percent_of_the_loss(assets: Assets) -> Outcome:
         method=float(four.mean()),
         baseline=float(exact.mean()),
         unit="held-out loss, nats a token, attention by 4-bit L-Mul",
-        holds=1e-3 < more[0] < 0.03 and 0 < more[1] < 0.01,
+        holds=0 < more[0] < 0.005,
         interval=(float(exact.mean()) + lost.low, float(exact.mean()) + lost.high),
         control=("E4M3 operands in the same products", float(float8.mean())),
-        notes=f"{100 * more[0]:.2g} % more, 5 bits {100 * more[1]:.2g} %, E4M3 {100 * more[2]:.2g} %; the interval is "
-        "that of the difference",
+        notes=f"{100 * more[0]:.2g} % more, 5 bits {100 * more[1]:.2g} %, E4M3 {100 * more[2]:.2g} %; half a "
+        "percent was asked for; the interval is that of the difference",
     )
 
 
