@@ -125,7 +125,10 @@ class _Mixed(Weight):
 
     def rows(self, index: Tensor) -> Tensor:
         share = self.choice.softmax(1)[self.bucket[index]]  # type: ignore[index]
-        found = [stack.rows(index) * share[..., n, None] for n, stack in enumerate(self.stacks)]  # type: ignore[operator]
+        found = [
+            stack.rows(index) * share[..., n, None]  # type: ignore[operator]
+            for n, stack in enumerate(self.stacks)
+        ]
         return torch.stack(found).sum(0)
 
     def dense(self) -> Tensor:

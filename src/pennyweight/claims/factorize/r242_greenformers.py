@@ -10,6 +10,7 @@ from pennyweight.claims import Outcome, claim
 from pennyweight.claims.assets import Assets
 from pennyweight.claims.tiny import one_thread
 from pennyweight.levers.factorize.auto import Auto
+from pennyweight.levers.factorize.routes import choose, crossing
 from pennyweight.measure import latency
 from pennyweight.measure.cost import cost
 from pennyweight.model.model import Model
@@ -71,4 +72,22 @@ def factors_weighted_by_inputs_keep_embeddings_nearer(assets: Assets) -> Outcome
         unit="1 - cosine of mean-pooled embeddings with the original's, held-out text",
         holds=method < 0.7 * baseline and baseline < control,
         control=("semi-nonnegative factors of the same rank", control),
+    )
+
+
+@claim(row=242, pace="quick", headline=_HEADLINE)
+def the_measured_route_changes_with_the_length(assets: Assets) -> Outcome:
+    """One layer of MiniLM's sizes, one thread, at 128 and 4,096 tokens; baseline: dense; control: factors."""
+    sizes = {"width": 384, "num_heads": 12, "rank": 0.5, "keys": 128}
+    with one_thread():
+        short, long = choose(128, repeats=5, **sizes), choose(4096, repeats=3, **sizes)  # type: ignore[arg-type]
+    took = long.milliseconds
+    return Outcome(
+        method=took["linformer"],
+        baseline=took["dense"],
+        unit="ms a layer for 4,096 tokens",
+        holds=short.best == "low_rank" and long.best == "linformer" and took["linformer"] < 0.8 * took["low_rank"],
+        control=("factors at half the break-even rank", took["low_rank"]),
+        notes=f"at 128 tokens: {', '.join(f'{way} {time:.3g}' for way, time in short.milliseconds.items())} ms; by "
+        f"multiplications alone they cross at {crossing(width=384, rank=0.5, keys=128):.0f} tokens",
     )

@@ -83,7 +83,9 @@ def time_ratio(matrix: Tensor, factors: LowRank, tokens: int, *, repeats: int = 
 class Auto:
     """Factorize every layer that gets smaller and, measured on this machine, faster.
 
-    Exact at no rank below the break-even one, except for matrices of that rank. Embedding and head are left.
+    Exact at no rank below the break-even one, except for matrices of that rank. Embedding and head are left. Where
+    sequences are long, attention is what takes the time: `pennyweight.levers.factorize.routes.choose` measures whether
+    `pennyweight.zoo.linformer`, which has to be trained, is the better route.
     """
 
     rank: float = option(0.5, at_least(0), "below 1: a share of the rank where factors save nothing; else the rank")

@@ -1,0 +1,75 @@
+"""Linformer layers and the choice of a route, against exact attention and a counter of multiplications."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pennyweight.errors import DataError, OptionError
+from pennyweight.levers.factorize import routes
+from pennyweight.levers.factorize.routes import choose, crossing, flops
+from pennyweight.zoo.linformer import Attention, EncoderLayer
+
+
+def made(**options):
+    return Attention(16, 4, generator=torch.Generator().manual_seed(0), **options)
+
+
+def test_as_many_mixtures_as_tokens_are_attention_itself():
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
+    plain, mixed = made(), made(length=9, keys=9)
+    mixed.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        mixed.key_mix.copy_(torch.eye(9))
+        mixed.value_mix.copy_(torch.eye(9))
+    torch.testing.assert_close(mixed(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+def test_mixtures_are_of_the_paper():
+    x = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1))
+    layer = made(length=10, keys=3)
+    query, key, value = (p(x)[0].view(7, 4, 4).transpose(0, 1) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    short = layer.key_mix[:, :7] @ key, layer.value_mix[:, :7] @ value  # each head by the same pair
+    weights = (query @ short[0].mT / 2).softmax(-1)
+    wanted = layer.o_proj((weights @ short[1]).transpose(0, 1).reshape(1, 7, 16))
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+    layer(x).sum().backward()
+    assert layer.key_mix.grad[:, :7].abs().min() > 0
+    assert not layer.key_mix.grad[:, 7:].any()
+
+
+def test_counts_are_those_of_a_counter():
+    x = torch.randn(1, 64, 32)
+    wanted = flops(64, width=32, keys=8)
+    for way, options in (("dense", {}), ("linformer", {"length": 64, "keys": 8})):
+        layer = EncoderLayer(32, 4, **options)
+        # fused attention on processors is not counted
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == wanted[way]
+    at = crossing(width=32, keys=8)
+    below, above = (flops(int(at) + step, width=32, keys=8) for step in (-1, 1))
+    assert below["low_rank"] < below["linformer"]
+    assert above["low_rank"] > above["linformer"]
+
+
+def test_the_fastest_way_is_chosen_by_the_clock(monkeypatch):
+    monkeypatch.setattr(routes.latency, "in_turns", lambda calls, **options: [[call() is None for call in calls]])
+    found = choose(12, width=16, num_heads=4, keys=4)
+    assert set(found.milliseconds) == {"dense", "low_rank", "linformer"}
+    said = [[0.003, 0.002, 0.004], [0.003, 0.002, 0.9]]
+    monkeypatch.setattr(routes.latency, "in_turns", lambda calls, **options: said)
+    found = choose(12, width=16, num_heads=4, keys=4)
+    assert found.best == "low_rank"
+    assert found.milliseconds["dense"] == pytest.approx(3.0)
+
+
+def test_bad_sizes_are_refused_with_the_remedy():
+    with pytest.raises(OptionError, match="give a width that heads divide, and both or neither"):
+        Attention(16, 3)
+    with pytest.raises(OptionError, match="20 keys for a length of 10; give 1 to 10"):
+        made(length=10, keys=20)
+    with pytest.raises(DataError, match="a sequence of 11 tokens; this layer's are 10"):
+        made(length=10, keys=2)(torch.zeros(1, 11, 16))
+    with pytest.raises(OptionError, match="a length of 0"):
+        choose(0, width=16, num_heads=4)
