@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import toys
 from families import build, inputs, run
 from torch import nn
 
+from pennyweight.apply import apply
 from pennyweight.errors import DataError, OptionError
 from pennyweight.lever import make
 from pennyweight.measure import latency
@@ -16,6 +18,7 @@ from pennyweight.measure.cost import cost
 from pennyweight.measure.drafting import speculate
 from pennyweight.model import load, save
 from pennyweight.model.loading import of_module
+from pennyweight.recipe import Recipe
 from pennyweight.solvers.depth import distance, distances, redundant, streams
 from pennyweight.solvers.units import unit_scores
 from pennyweight.surgery import trace
@@ -85,6 +88,30 @@ def test_levers_shrink_what_is_counted_and_saved(family, options, name, tmp_path
     assert found.params_total == sum(parameter.numel() for parameter in dict.fromkeys(module.parameters()))
     save(of_module(module), tmp_path)
     assert torch.equal(run(load(tmp_path).module, family), run(module, family))
+
+
+RECIPE = """
+pennyweight: 1
+steps:
+- prune.width: {removed: 0.25}
+  where: "*.layers.0.*"
+- prune.depth: {blocks: 1}
+- quantize.rtn: {bits: 8}
+  where: role:ffn.*
+"""
+
+
+def test_recipes_shrink_and_then_compress_and_what_is_written_is_what_was_made(tmp_path):
+    source, text = toys.llama(tmp_path / "llama"), toys.text_file(tmp_path)
+    before = load(source)
+    found = apply(source, Recipe.parse(RECIPE), data=text, out=tmp_path / "out", settings=toys.QUICK)
+    assert len(found.model.module.model.layers) == len(before.module.model.layers) - 1
+    back = load(tmp_path / "out")
+    assert back.module.config.num_hidden_layers == len(back.module.model.layers)
+    ids = torch.randint(3, 30, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(back.module(ids).logits, found.model.module(ids).logits)
+    assert cost(back).params_total < cost(before).params_total
 
 
 def test_a_share_of_nothing_changes_nothing_and_multiples_are_kept():
