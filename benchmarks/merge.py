@@ -1,5 +1,7 @@
 """Merging on disk beside a plain loop and mergekit: `python benchmarks/merge.py [--mergekit VENV] [--dtype bfloat16]`.
 
+Where VENV is not there yet, it is made, and mergekit installed into it on top of the packages that run this script.
+
 Makes a base and two models of SmolLM2-135M's shapes, merges them by each method in a process of its own, and prints
 seconds, GB/s of everything read and written once (inputs, the base where one is read, the result), and peak resident
 memory with what the process had before it began. Files are read before, so that all start from the same page cache.
@@ -11,8 +13,10 @@ import argparse
 import json
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
+import venv
 from pathlib import Path
 
 import torch
@@ -103,12 +107,14 @@ def make(home: Path, layers: int, dtype: torch.dtype) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mergekit", metavar="VENV", help="a virtual environment that holds mergekit")
+    parser.add_argument("--mergekit", metavar="VENV", help="a virtual environment that holds mergekit, or will")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", default=",".join(RECIPES))
     given = parser.parse_args()
+    if given.mergekit and not Path(given.mergekit).exists():
+        install_mergekit(Path(given.mergekit))
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         size = make(home, given.layers, getattr(torch, given.dtype))
@@ -139,6 +145,14 @@ def main() -> None:
                     f"  peak {peak:6.0f} MB, {before:.0f} before",
                     flush=True,
                 )
+
+
+def install_mergekit(home: Path) -> None:
+    """Make a virtual environment that sees the packages of this one (torch is large), and install mergekit there."""
+    venv.create(home, with_pip=True)
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    subprocess.run([home / "bin" / "python", "-m", "pip", "install", "--quiet", "mergekit"], check=True)
 
 
 def mergekit_recipe(method: str, home: Path, dtype: str) -> str:
