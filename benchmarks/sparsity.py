@@ -1,6 +1,6 @@
-"""Half of SmolLM2's weights gone, by every lever that prunes, at equal stored bytes; and an encoder beside it (oBERT).
+"""Half of SmolLM2's weights gone, by levers that prune at once, at equal stored bytes; and an encoder beside it (oBERT).
 
-    python benchmarks/sparsity.py [--methods NAME ...] [--windows 16] [--results FILE.jsonl]
+    python -P benchmarks/sparsity.py [--methods NAME ...] [--windows 16] [--results FILE.jsonl]
 
 All linear maps inside blocks are pruned, embedding and head are left. Every method calibrates on the same windows of
 one part of the text and is judged on the same windows of another; ratios of perplexities are paired by window. What a
@@ -52,8 +52,6 @@ METHODS = {
     "sparsegpt-24": Method("SparseGPT", "2:4", "prune.sparsegpt", {"pattern": "2:4"}),
     "nowag-24": Method("NoWag, with its two sides", "2:4 + 7 %", "prune.armor", {"iterations": 0}),
     "armor-24": Method("ARMOR, 20 iterations", "2:4 + 7 %", "prune.armor", {"iterations": 20}),
-    "maskllm-24": Method("MaskLLM from SparseGPT", "2:4", "prune.maskllm", {}),
-    "ast-24": Method("AST", "2:4", "prune.ast", {}),
     "minilm-magnitude": Method("magnitude", "50 %", "prune.magnitude", {"sparsity": 0.5}, "minilm-l6"),
     "minilm-wanda": Method("Wanda", "50 %", "prune.wanda", {"sparsity": 0.5}, "minilm-l6"),
     "minilm-sparsegpt": Method("SparseGPT", "50 %", "prune.sparsegpt", {"sparsity": 0.5}, "minilm-l6"),
