@@ -1,4 +1,4 @@
-"""Half of SmolLM2's weights gone, by levers that prune at once, at equal stored bytes; and an encoder beside it (oBERT).
+"""Half of SmolLM2's weights gone, by levers that prune at once, with bytes counted; an encoder beside it (oBERT).
 
     python -P benchmarks/sparsity.py [--methods NAME ...] [--windows 16] [--results FILE.jsonl]
 
