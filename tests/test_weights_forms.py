@@ -493,7 +493,8 @@ def test_a_setting_of_another_kind_is_refused_in_words(form, generator):
     weight, _ = form(generator, 6, 10)
     shape = structure(weight)
     anything_goes = {"seed", "scale", "step", "lowest"}  # of numbers
-    large_goes = anything_goes | {"group_size", "rows", "columns", "offset"}  # nothing in the tensors contradicts it
+    # nothing in the tensors contradicts these
+    large_goes = anything_goes | {"group_size", "rows", "columns", "offset", "max_rows"}
     for key in weight.settings():
         for wrong in ("x", [], -7, 10**9):
             if wrong == shape[key] or (isinstance(wrong, int) and key in (anything_goes if wrong < 0 else large_goes)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pennyweight.errors import ShapeError
+from pennyweight.errors import OptionError, ShapeError
 from pennyweight.weights.hashed import hash32
 from pennyweight.weights.structured import held
 from pennyweight.weights.transposed import Transposed
@@ -50,6 +50,8 @@ class DeepHash(Weight):
             or shapes[1:] != [shapes[0][:1], (shapes[3] + shapes[0])[:2], shapes[2][:1]]
         ):
             raise ShapeError(f"DeepHash: {shapes}; give (H, K), (H,), (N, H) and (N,)")
+        if not 0 <= seed < 2**32:
+            raise OptionError(f"DeepHash: seed {seed}; give 0 to 2**32 - 1")
         super().__init__(shape=(rows, last.shape[0]))
         self.seed = seed
         self.hidden, self.hidden_bias = held(hidden, "DeepHash: hidden"), held(hidden_bias, "DeepHash: hidden_bias")
