@@ -33,12 +33,14 @@ def without(module: nn.Module, blocks: Collection[int], inputs: Mapping[str, Any
     paths = _paths(module, blocks)
     with ExitStack() as stack:
         for path in paths:
-            handle = module.get_submodule(path).register_forward_hook(_passing(path), with_kwargs=True)
+            handle = module.get_submodule(path).register_forward_hook(passing(path), with_kwargs=True)
             stack.callback(handle.remove)
         return run(module, inputs)
 
 
-def _passing(path: str) -> Any:
+def passing(path: str) -> Any:
+    """A forward hook, with keywords, that makes the block at ``path`` pass on what it is given."""
+
     def hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         first = out[0] if isinstance(out, (tuple, list)) else out
         given = next((one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)), None)
