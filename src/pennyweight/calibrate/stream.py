@@ -27,7 +27,6 @@ from transformers.core_model_loading import WeightRenaming
 from pennyweight import resident
 from pennyweight.calibrate.passage import Passage, Settled, Stage
 from pennyweight.calibrate.shadow import Shadow
-from pennyweight.evaluate.forward import native_dtype
 from pennyweight.calibrate.walk import (
     Report,
     Solve,
@@ -42,6 +41,7 @@ from pennyweight.calibrate.walk import (
     stages_of,
 )
 from pennyweight.errors import DataError, ModelError
+from pennyweight.evaluate.forward import native_dtype
 from pennyweight.model import anatomy, compact, safetensors_file
 from pennyweight.model.anatomy import Anatomy, Map
 from pennyweight.model.checkpoint import INDEX, Checkpoint

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.calibrate.passage import attention_mask
-from pennyweight.evaluate.forward import native_dtype
 from pennyweight.calibrate.walk import inputs_of
 from pennyweight.errors import ModelError, OptionError
-from pennyweight.evaluate.forward import device_of
+from pennyweight.evaluate.forward import device_of, native_dtype
 from pennyweight.lever import at_least, between, lever, one_of, option
 from pennyweight.model import anatomy
 from pennyweight.model.anatomy import Map
