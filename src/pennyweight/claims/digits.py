@@ -7,6 +7,7 @@ Shape letters: B images, F features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -32,8 +33,12 @@ def texts(labels: Tensor) -> Tensor:
 @lru_cache(maxsize=2)
 def dit(steps: int = STEPS) -> DiT:
     """A diffusion transformer trained on the digits; shared, so not to be changed: copy it."""
+    return fit_flow(DiT(DiTConfig(), generator=torch.Generator().manual_seed(0)), texts, steps)
+
+
+def fit_flow(module: DiT, texts_of: Callable[[Tensor], Tensor], steps: int = STEPS) -> DiT:
+    """``module`` itself, trained to draw the digits of texts (B, L) that ``texts_of`` makes of labels (B,)."""
     images, labels, _, _ = digits()
-    module = DiT(DiTConfig(), generator=torch.Generator().manual_seed(0))
     noise = torch.Generator().manual_seed(1)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -43,13 +48,18 @@ def dit(steps: int = STEPS) -> DiT:
         Trainer(
             module,
             torch.optim.AdamW(module.parameters(), weight_decay=0.0),
-            Samples((images - _CENTER) / _SPREAD, texts(labels), seed=0),
+            Samples(scaled(images), texts_of(labels), seed=0),
             batch=64,
             loss=loss,
             schedule=cosine(steps, steps // 20, peak=2e-3, floor=0.0),
             clip=1.0,
         ).run(steps)
     return module.eval()
+
+
+def scaled(images: Tensor) -> Tensor:
+    """``images`` between 0 and 1 as the model draws them."""
+    return (images - _CENTER) / _SPREAD
 
 
 class Judge(nn.Module):
