@@ -5,8 +5,11 @@ from itertools import product
 
 import pytest
 import torch
+import toys
 from torch import nn
+from typer.testing import CliRunner
 
+from pennyweight.cli.app import app
 from pennyweight.components import ComponentStudy, component_study, prune_components
 from pennyweight.errors import DataError, ModelError, OptionError
 from pennyweight.measure.stats import bootstrap
@@ -202,3 +205,26 @@ def test_an_unknown_total_or_component_is_refused(study):
 def test_intervals_are_those_of_the_paired_losses(pair, study):
     harm = judge_of(pair)(prune_components(pair, PARTS, {"text": 0.4})).detach()
     assert study.response("text").harm[2].high == pytest.approx(bootstrap(harm, seed=0).high, rel=1e-5)
+
+
+def test_a_text_model_is_studied_from_the_command_line(tmp_path):
+    model, text, page = toys.llama(tmp_path / "model"), toys.text_file(tmp_path), tmp_path / "c.json"
+    words = ["components", str(model), "--data", str(text), "--windows", "4", "--length", "48", "--json", str(page)]
+    grid = ["--sparsities", "0,0.3,0.6,0.9", "--totals", "0.5", "--score", "wanda", "--scope", "row"]
+    done = CliRunner().invoke(app, [*words, *grid, "--part", "attention=*.self_attn", "--part", "mlp=*.mlp"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(page.read_text())
+    assert [one["component"] for one in found["responses"]] == ["attention", "mlp", "all"]
+    assert found["loss"] == 0
+    harms = [one["harm"]["value"] for one in found["splits"]]
+    assert found["recommended"]["0.5"]["harm"]["value"] == min(harms)
+    # to the rounding of rows
+    whole = sum(one["weights"] for one in found["responses"][:2])
+    assert all(abs(sum(one["zeros"].values()) / whole - 0.5) < 0.03 for one in found["splits"])
+
+
+@pytest.mark.parametrize("parts", [["mlp"], ["a=*.mlp", "a=*.self_attn"]])
+def test_parts_without_paths_or_named_twice_are_refused(parts):
+    done = CliRunner().invoke(app, ["components", "none", *(word for one in parts for word in ("--part", one))])
+    assert isinstance(done.exception, OptionError)
+    assert "each name once" in str(done.exception)

@@ -21,21 +21,25 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise, product
 from math import isfinite
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pennyweight.calibrate.moments import Moments, rows_in
+from pennyweight.data import Part, windows
 from pennyweight.errors import DataError, ModelError, OptionError
-from pennyweight.job import Progress, quiet
+from pennyweight.job import Progress, Settings, quiet
 from pennyweight.measure.knee import Knee, knee
 from pennyweight.measure.stats import Interval, bootstrap
-from pennyweight.model import anatomy
+from pennyweight.model import anatomy, load
 from pennyweight.model.anatomy import Map
+from pennyweight.model.model import Model
 from pennyweight.solvers.masks import Scope, Selection
 from pennyweight.solvers.scores import score as score_of
 from pennyweight.statistics import NO_STATISTICS, Statistics
+from pennyweight.task import task_of
 from pennyweight.train.masked import Masks
 
 #: Scores that need weights alone, or the second moment of the inputs, too.
@@ -246,6 +250,47 @@ def prune_components(
             )
     bench = _Bench(module, None, layers, score, scope, calibrate, 0)
     return bench.pruned({name: round(share * bench.sizes[name]) for name, share in shares.items()})[0]
+
+
+def study_text_model(
+    model: str | Path | Model,
+    components: Components,
+    *,
+    data: Any = "wiki",
+    settings: Settings | None = None,
+    score: str = "magnitude",
+    **options: Any,
+) -> ComponentStudy:
+    """`component_study` of a text model, judged by its own task on held-out text.
+
+    Args:
+        model: as for `pennyweight.load`; not changed.
+        components: as there.
+        data: text to judge by and, its calibration part, to run for scores that need inputs.
+        settings: how much text is read, and the seed.
+        score: as there.
+        options: the others of `component_study`.
+
+    The loss is the harm of a window as the task has it (nats of a token; 1 - cosine), 0 for the dense model.
+    """
+    loaded, read = model if isinstance(model, Model) else load(model), settings or Settings()
+    task = task_of(loaded)
+
+    def text(part: Part, count: int) -> Tensor:
+        return windows(data, loaded.need_tokenizer(), part=part, length=read.length, count=count, seed=read.seed)
+
+    held = text("heldout", read.heldout)
+    before = task.scores(loaded.module, held, exact=True)
+    seen = None if score == "magnitude" else text("calibration", read.statistics)
+    return component_study(
+        loaded.module,
+        lambda module: task.harm(before, task.scores(module, held, exact=True)),
+        components,
+        score=score,
+        calibrate=None if seen is None else lambda module: task.scores(module, seen, exact=True),
+        seed=read.seed,
+        **options,
+    )
 
 
 def _grid(sparsities: Sequence[float], totals: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:

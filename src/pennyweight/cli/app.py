@@ -365,6 +365,48 @@ def essential(
 
 
 @app.command()
+def components(
+    model: Model,
+    part: Annotated[
+        list[str], typer.Option(metavar="NAME=PATH,...", help="A part: paths of its modules, * for anything; several.")
+    ],
+    sparsities: Annotated[
+        str, typer.Option(help="Shares of zeros, rising from 0.")
+    ] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    totals: Annotated[str, typer.Option(help="Shares of zeros to split over the parts.")] = "0.3,0.4,0.5",
+    score: Annotated[str, typer.Option(help="That ranks weights: magnitude, wanda, sparsegpt, nowag.")] = "magnitude",
+    scope: Annotated[str, typer.Option(help="Ranked within: global (the part), matrix, row.")] = "global",
+    data: Data = "wiki",
+    windows: Annotated[int, typer.Option(min=2, help="Windows of held-out text to judge by.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """How much pruning each part of a model stands, and the best split of a total over them (lists after commas)."""
+    from pennyweight.cli.progress import progress
+    from pennyweight.cli.tables import emit, show
+    from pennyweight.components import study_text_model
+    from pennyweight.errors import OptionError
+    from pennyweight.job import Settings
+
+    named = {name: paths.split(",") for name, _, paths in (one.partition("=") for one in part)}
+    if len(named) < len(part) or [""] in named.values():
+        raise OptionError(f"components: --part {' '.join(part)}; give NAME=PATH,..., each name once")
+    try:
+        shares, wanted = ([float(word) for word in words.split(",")] for words in (sparsities, totals))
+    except ValueError as error:
+        raise OptionError(f"components: --sparsities, --totals: {error}; give numbers with commas between") from None
+    with progress() as report:
+        found = study_text_model(
+            model, named, sparsities=shares, totals=wanted, score=score, scope=scope, data=data,
+            settings=Settings(length=length, heldout=windows, seed=seed), progress=report,
+        )  # fmt: skip
+    show(found.table())
+    if json:
+        emit(found.to_json(), json)
+
+
+@app.command()
 def frontier(
     model: Model,
     data: Data = "wiki",
