@@ -1,6 +1,7 @@
 """Speed of whole engines on one model, each in a process of its own: plain `transformers`, ours, torchao, llama.cpp.
 
     python benchmarks/engines.py [--fitted DIRECTORY] [--torchao PYTHON] [--llama PYTHON] [--rounds 3]
+                                 [--only WORD ...]
 
 PYTHON is the interpreter of a virtual environment that has `torchao` and `transformers`, or `llama-cpp-python`; a rival
 without one is left out. A prompt of 128 tokens and 64 tokens after it, greedy, batch 1; the first three rivals through
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--torchao", help="an interpreter that has torchao")
     parser.add_argument("--llama", help="an interpreter that has llama_cpp")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rivals whose names have one of these")
     asked = parser.parse_args()
     bandwidth = roofline.this_machine(torch.float32).bytes_per_second
     with tempfile.TemporaryDirectory() as folder:
@@ -175,6 +177,8 @@ def main() -> None:
                 made = rounded(source, grid(code, 32, **options), grid(8, 32, symmetric=True))  # type: ignore[arg-type]
                 export(made, "gguf", where / "model.gguf")
                 add(f"{name} (our file)", asked.llama, LLAMA, where / "model.gguf", held(where))
+        if asked.only:
+            rivals = {n: one for n, one in rivals.items() if n in list(rivals)[:1] or any(w in n for w in asked.only)}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in rivals}
         print(f"{torch.get_num_threads()} threads, {bandwidth / 1e9:.1f} GB/s read; tokens a second, median (extremes)")
         for _ in range(asked.rounds):

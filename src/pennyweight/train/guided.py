@@ -1,10 +1,10 @@
 """Self-guided training: a dense matrix beside each structured one, faded out on a schedule.
 
-Row 35. Source: X. Wei et al., "Building on Efficient Foundations: Effectively Training LLMs with Structured Feedforward
-Layers", arXiv:2406.16450, section 3.2, and its code (CLAIRE-Labo/StructuredFFN): structured layers start slowly and
-with spikes; a layer ``share * G x + (1 - share) * S x`` whose share falls from 1 to 0 along a cosine over the first part of
-training lets the matrix G show the structured S the way. At first G is the product of S, so that nothing is changed;
-at the end it is thrown away.
+Row 35. Source: X. Wei et al., "Building on Efficient Foundations: Effectively Training LLMs with Structured
+Feedforward Layers", arXiv:2406.16450, section 3.2, and its code (CLAIRE-Labo/StructuredFFN): structured layers start
+slowly and with spikes; a layer ``share * G x + (1 - share) * S x`` whose share falls from 1 to 0 along a cosine over
+the first part of training lets the matrix G show the structured S the way. At first G is the product of S, so that
+nothing is changed; at the end it is thrown away.
 Differs from the source: G is the product with the deal of block-shuffled layers in it (its code leaves that out, and so
 changes the function at step 0); G may start from other matrices; samples of the guided part are not shown again.
 
