@@ -18,6 +18,7 @@ from pennyweight.weights import Dense, LowRank, Product, Quantized, Sum
 from pennyweight.weights.entropy import EntropyCoded
 from pennyweight.weights.structured import BlockDiagonal
 
+# without a compiler models decode the plain way, which the other tests run
 pytestmark = pytest.mark.skipif(native.library("decode") is None, reason="no C compiler")
 
 IDS = torch.arange(3, 12)[None]

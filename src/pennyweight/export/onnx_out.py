@@ -92,6 +92,7 @@ def to_onnx(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
                     bare, _example(dense.config, names, 2, 8), written, input_names=list(names), output_names=[result],
                     dynamo=False, opset_version=18, dynamic_axes=axes,
                 )  # fmt: skip
+        # all that the exporter says of a module it cannot trace; it is told as one clear error
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ModelError(f"{model.name}: torch cannot write this model as ONNX: {said}") from error

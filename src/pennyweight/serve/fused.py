@@ -21,6 +21,7 @@ import weakref
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def fuse(module: nn.Module, *, prompt: torch.dtype | None = None) -> bool:
         return False
     _PROMPTS[base] = native_dtype("cpu") if prompt is None else prompt
     if not hasattr(type(base), "unfused"):
-        base.__class__ = _fused_class(type(base))
+        base.__class__ = _fused_class(type(base))  # type: ignore[arg-type]  # classes can be hashed
     return True
 
 
@@ -109,6 +110,7 @@ def _base_of(module: nn.Module) -> nn.Module | None:
     return next((part for part in (module, getattr(module, "model", None)) if type(part).__name__ in _KINDS), None)
 
 
+@cache  # one class of each kind, however many models
 def _fused_class(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(
         self: Any,

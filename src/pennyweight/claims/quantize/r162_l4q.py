@@ -6,13 +6,11 @@ that was set before the run: not shown at this size. L4Q does store less than GP
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
 from pennyweight.calibrate import walk
-from pennyweight.claims import Outcome, claim, tiny
+from pennyweight.claims import Outcome, adapting, claim, tiny
 from pennyweight.claims.assets import Assets
 from pennyweight.evaluate.perplexity import token_losses
 from pennyweight.levers.quantize.gptq import GPTQ
@@ -23,7 +21,6 @@ from pennyweight.model import anatomy
 from pennyweight.model.model import Model
 from pennyweight.solvers.end_to_end import Group, loss_towards, train
 from pennyweight.statistics import NO_STATISTICS
-from pennyweight.train import byte_windows
 from pennyweight.train.schedules import wsd
 from pennyweight.weights import Dense, LowRank, Quantized, Sum, Weight
 from pennyweight.work import Work
@@ -42,17 +39,6 @@ def _pretrained() -> Model:
     return Model(module.eval(), None, "a GPT of bytes", kind="causal-lm")
 
 
-def _texts() -> tuple[Tensor, Tensor]:
-    """Bytes of encyclopedia articles, which it is to learn: windows to train on, and to judge by."""
-    seen = byte_windows("wiki", part="calibration", length=tiny.LENGTH, count=8192)
-    held = byte_windows("wiki", part="heldout", length=tiny.LENGTH, count=tiny.HELD_OUT)
-    return seen.clamp_(max=tiny.VOCABULARY - 1), held.clamp_(max=tiny.VOCABULARY - 1)
-
-
-def _copied(model: Model) -> Model:
-    return Model(copy.deepcopy(model.module), None, model.name, kind=model.kind)
-
-
 def _weights(model: Model) -> dict[str, Weight]:
     found = {m.path: model.module.get_submodule(m.path).weight for m in model.anatomy.layers() if m.block is not None}
     return {path: weight for path, weight in found.items() if isinstance(weight, Weight)}
@@ -66,7 +52,7 @@ def _bytes(model: Model) -> int:
 
 def _adapted(model: Model, seen: Tensor, seed: int) -> tuple[Model, Model, int]:
     """GPTQ and a trained adapter beside it; the same merged and rounded; and how many numbers were trained."""
-    changed = _copied(model)
+    changed = adapting.copied(model)
     gptq = GPTQ(bits=_BITS, group_size=_GROUP)
     inside = [m.name for m in changed.anatomy.layers() if m.block is not None]
     walk(changed, seen[:1024], lambda _, weight, known: gptq.solve(weight, known), only=inside)
@@ -81,7 +67,7 @@ def _adapted(model: Model, seen: Tensor, seed: int) -> tuple[Model, Model, int]:
     loss = loss_towards("text", changed, "claim")
     groups = [Group(trained, _RATE, 0.01)]
     train(changed.module, groups, seen, loss, steps=_STEPS, batch=_BATCH, warmup=0.1, clip=1.0, seed=seed)
-    merged = _copied(changed)
+    merged = adapting.copied(changed)
     rtn = RTN(bits=_BITS, group_size=_GROUP)
     for path, weight in _weights(changed).items():
         anatomy.replace(merged.module, path, rtn.solve(Dense(weight.dense().detach()), NO_STATISTICS))
@@ -93,7 +79,7 @@ def _l4q(model: Model, seen: Tensor, seed: int) -> tuple[Model, int]:
         bits=_BITS, group_size=_GROUP, rank=_RANK, offsets=False, samples=len(seen), batch=_BATCH, steps=_STEPS,
         rate=_RATE, step_rate=_RATE,
     )  # fmt: skip
-    changed = _copied(model)
+    changed = adapting.copied(model)
     lever.change(changed, Work(model=changed, windows=seen, maps=changed.anatomy.layers(), seed=seed))
     found = [weight for weight in _weights(changed).values() if isinstance(weight, Quantized)]
     assert len(found) == len(_weights(changed))  # plain codes, no adapter left
@@ -109,7 +95,7 @@ def _l4q(model: Model, seen: Tensor, seed: int) -> tuple[Model, int]:
 def adapters_trained_through_rounding_beat_adapters_rounded_afterwards(assets: Assets) -> Outcome:
     """A GPT that has read code learns articles at 3 bits: the same steps, as many trained numbers, no more bytes."""
     model = _pretrained()
-    seen, held = _texts()
+    seen, held = adapting.articles()
     losses: dict[str, list[Tensor]] = {"l4q": [], "merged": [], "float": []}
     fits, sizes = True, {}
     for seed in _SEEDS:
