@@ -37,6 +37,37 @@ def test_coding_is_lossless_and_both_twins_agree(seed: int, count: int, contexts
         np.testing.assert_array_equal(rans.decode(plain, where, tables), symbols)
 
 
+@pytest.mark.parametrize("count", [16 * 8192, 37 * 8192 + 4097])
+def test_many_lanes_decode_as_one_after_the_other(count: int) -> None:
+    symbols, where = scan(5, count, 16)
+    tables = rans.tables_of(symbols, where, 61, 16)
+    coded = rans.encode(symbols, where, tables)
+    for native in (False, True):
+        np.testing.assert_array_equal(rans.decode(coded, where, tables, native=native), symbols)
+
+
+def test_contexts_come_from_the_sum_of_a_row_and_a_column() -> None:
+    g = np.random.default_rng(0)
+    row, column = (g.integers(0, 128, n).astype(np.uint8) for n in (37, 53))
+    of_sum = (np.arange(256) // 17).astype(np.uint8)
+    wanted = (row[:, None].astype(int) + column) // 17
+    for native in (False, True):
+        np.testing.assert_array_equal(rans.contexts_of(row, column, of_sum, native=native), wanted.ravel())
+
+
+@pytest.mark.parametrize("spread", [0.8, 30.0, 300.0])  # a small alphabet, codes about as wide as a byte, wider
+def test_what_is_decoded_is_what_was_encoded(spread: float) -> None:
+    codes = codes_of(1, (96, 300), spread)
+    codes[3, 7], codes[90, 299] = 100_000, -70_000
+    first = EntropyCoded.encode(codes, torch.ones(96), torch.ones(300), step=1.0)
+    again = rebuild(structure(first), {name: getattr(first, name) for name in EntropyCoded.tensors})
+    assert isinstance(again, EntropyCoded)
+    for name in ("near", "far", "beyond"):
+        assert torch.equal(getattr(again, name), getattr(first, name)), name
+        assert getattr(again, name).dtype == getattr(first, name).dtype
+    assert torch.equal(again.codes.int(), codes)
+
+
 def test_the_stream_comes_within_half_a_percent_of_the_entropy() -> None:
     symbols, where = scan(0, 500_000, 8)
     tables = rans.tables_of(symbols, where, 61, 8)
@@ -104,7 +135,7 @@ def correlated(seed: int, m: int, n: int, tokens: int = 400) -> tuple[torch.Tens
 
 def test_rounding_equals_a_plain_loop_over_columns() -> None:
     matrix, statistics = correlated(0, 12, 100)
-    found = Entropy(step=0.05, deadzone=0.0).solve(Dense(matrix), statistics)
+    found = Entropy(step=0.05, deadzone=0.0, damp=0.01, shrink=0.1).solve(Dense(matrix), statistics)
     assert isinstance(found, EntropyCoded)
     metric = Metric.of(statistics, (12, 100), damp=0.01, shrink=0.1)
     left, upper = matrix.double().clone(), metric.upper.double()

@@ -65,9 +65,11 @@ class PennyweightQuantizer(HfQuantizer):
         self.overlay = compact.Overlay(checkpoint, compact.read_layout(checkpoint))
         compact.untie(model, set(self.overlay.layout.paths))
         self.overlay.strip(model)
-        read_here = {f"^{re.escape(name)}$" for name in checkpoint.names() if self.overlay.owns(name)}
+        # one pattern, not one a name: each is tried on each name
+        read_here = "|".join(re.escape(name) for name in checkpoint.names() if self.overlay.owns(name))
         known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        setattr(model, "_keys_to_ignore_on_load_unexpected", {*known, *read_here})  # noqa: B010  unknown to nn.Module
+        ignored = {*known, f"^(?:{read_here})$"} if read_here else {*known}
+        setattr(model, "_keys_to_ignore_on_load_unexpected", ignored)  # noqa: B010  unknown to nn.Module
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

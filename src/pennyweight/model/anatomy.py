@@ -9,7 +9,7 @@ Shape letters: M out features, N in features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
@@ -301,22 +301,34 @@ def replace(module: nn.Module, path: str, weight: Weight) -> None:
         ModelError: nothing at ``path`` that a compact layer can stand in for.
         ShapeError: ``weight`` is not of the layer's shape.
     """
+    replace_all(module, {path: weight})
+
+
+def replace_all(module: nn.Module, weights: Mapping[str, Weight]) -> None:
+    """`replace` for many paths, with one look at the module; nothing is replaced where one of them cannot be."""
     sites = {site.path: site for site in find.sites(module)}
-    if path not in sites or not path:
-        raise ModelError(
-            f"{path or 'the model itself'}: no linear map lies there; `anatomy.of(model).layers()` lists them"
-        )
-    if not sites[path].replaceable:
-        stacked = sites[path].kind == "expert-stack"
-        remedy = "call model.experts.split_experts(model) first" if stacked else "leave it dense"
-        raise ModelError(f"{path}: {type(module.get_submodule(path)).__name__} reads its tensors itself; {remedy}")
-    if weight.shape != sites[path].shape:
-        raise ShapeError(f"{path}: a weight of shape {weight.shape} for a layer of shape {sites[path].shape}")
-    old = module.get_submodule(path).weight
-    sharing = [
-        site.path for site in sites.values() if site.replaceable and module.get_submodule(site.path).weight is old
-    ]
-    made = {id(layer): _compact(layer, weight) for layer in map(module.get_submodule, sharing)}
+    for path, weight in weights.items():
+        if path not in sites or not path:
+            raise ModelError(
+                f"{path or 'the model itself'}: no linear map lies there; `anatomy.of(model).layers()` lists them"
+            )
+        if not sites[path].replaceable:
+            stacked = sites[path].kind == "expert-stack"
+            remedy = "call model.experts.split_experts(model) first" if stacked else "leave it dense"
+            raise ModelError(f"{path}: {type(module.get_submodule(path)).__name__} reads its tensors itself; {remedy}")
+        if weight.shape != sites[path].shape:
+            raise ShapeError(f"{path}: a weight of shape {weight.shape} for a layer of shape {sites[path].shape}")
+    sharing: dict[int, list[nn.Module]] = {}
+    for site in sites.values():
+        if site.replaceable:
+            layer = module.get_submodule(site.path)
+            sharing.setdefault(id(layer.weight), []).append(layer)
+    concerned = {path: sharing[id(module.get_submodule(path).weight)] for path in weights}
+    made: dict[int, nn.Module] = {}
+    for path, weight in weights.items():
+        for layer in concerned[path]:
+            if id(layer) not in made or made[id(layer)].weight is not weight:
+                made[id(layer)] = _compact(layer, weight)
     for other, layer in list(module.named_modules(remove_duplicate=False)):  # a layer may hang in two places
         if id(layer) in made:
             module.set_submodule(other, made[id(layer)])

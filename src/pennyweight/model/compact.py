@@ -8,8 +8,11 @@ to, so that files of two runs are never mixed unnoticed.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +242,7 @@ class Overlay:
         self._paths = set(layout.paths)
         self._taken: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._read: dict[str, Tensor] = {}
+        self._names = sorted({*checkpoint.names(), *layout.shared})
 
     def owns(self, name: str) -> bool:
         """Whether tensor ``name`` of the file is read here, and by nobody else."""
@@ -284,16 +288,11 @@ class Overlay:
             split_experts(module)
             for path in self.layout.split:
                 self._fill(path, module.get_submodule(self._find(module, path) or ""))
-        made: dict[str, Weight] = {}
-        for path in self.layout.paths:
-            at = self._find(module, path)
-            if at is None:
-                continue  # a head, and the model was opened without one
-            source = self.layout.tied.get(path, path)
-            if source not in made:
-                made[source] = self._weight(source)
-            if getattr(module.get_submodule(at), "weight", None) is not made[source]:
-                self._replace(module, at, made[source])
+        places = {path: self._find(module, path) for path in self.layout.paths}
+        found = {path: at for path, at in places.items() if at is not None}  # a head: the model was opened without one
+        made = self._weights({self.layout.tied.get(path, path) for path in found})
+        self._replace(module, {at: made[self.layout.tied.get(path, path)] for path, at in found.items()})
+        for path, at in found.items():
             if path in self.layout.activations:
                 module.get_submodule(at).register_module("activation", self._activation(path))
             if path in self.layout.products:
@@ -343,17 +342,24 @@ class Overlay:
                     )
                 setattr(layer, name, nn.Parameter(tensor.to(parameter.dtype)))
 
-    def _weight(self, path: str) -> Weight:
-        tensors = self._below(f"{path}.weight.")
-        return rebuild(self.layout.structures[path], tensors, where=f"{self._where}: {path}")
+    def _weights(self, paths: set[str]) -> dict[str, Weight]:
+        """The weights at ``paths``, several at once: streams are decoded outside of the interpreter."""
+
+        def made(path: str) -> Weight:
+            return rebuild(self.layout.structures[path], tensors[path], where=f"{self._where}: {path}")
+
+        tensors = {path: self._below(f"{path}.weight.") for path in sorted(paths)}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return dict(zip(tensors, pool.map(made, tensors), strict=True))
 
     def _activation(self, path: str) -> Activation:
         tensors = self._below(f"{path}.activation.")
         return Activation.rebuild(self.layout.activations[path], tensors, where=f"{self._where}: {path}")
 
     def _below(self, begin: str) -> dict[str, Tensor]:
-        names = [name for name in (*self.checkpoint.names(), *self.layout.shared) if name.startswith(begin)]
-        return {name.removeprefix(begin): self._tensor(name) for name in names}
+        names = self._names[bisect_left(self._names, begin) :]
+        inside = takewhile(lambda name: name.startswith(begin), names)
+        return {name.removeprefix(begin): self._tensor(name) for name in inside}
 
     def _tensor(self, name: str) -> Tensor:
         """Tensor ``name``; layers that share it get the same memory."""
@@ -365,9 +371,9 @@ class Overlay:
             self._read[first] = tensor
         return self._read[first]
 
-    def _replace(self, module: nn.Module, path: str, weight: Weight) -> None:
+    def _replace(self, module: nn.Module, weights: dict[str, Weight]) -> None:
         try:
-            anatomy.replace(module, path, weight)
+            anatomy.replace_all(module, weights)
         except (ModelError, ShapeError) as error:
             raise ModelError(f"{self._where}: {error}") from error
 

@@ -74,9 +74,8 @@ def _spreads(codes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _contexts(row: Tensor, column: Tensor, edges: list[int]) -> rans.Bytes:
     """(M*N,) context of each position in scan order (row after row): how many edges its joint spread reaches."""
-    table = np.searchsorted(np.asarray(edges, dtype=np.int64), np.arange(256), side="right").astype(np.uint8)
-    joint: rans.Bytes = table[row.numpy()[:, None] + column.numpy()[None, :]]
-    return joint.ravel()
+    of_sum = np.searchsorted(np.asarray(edges, dtype=np.int64), np.arange(256), side="right").astype(np.uint8)
+    return rans.contexts_of(row.numpy(), column.numpy(), of_sum)
 
 
 @form("entropy_coded")
@@ -150,7 +149,7 @@ class EntropyCoded(Weight):
                 self.register_parameter(name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        near, at, beyond = _near_and_far(self._decode() if codes is None else codes)
+        near, at, beyond = self._decode() if codes is None else _near_and_far(codes)
         self.register_buffer("near", near, persistent=False)  # (M, N)
         self.register_buffer("far", at, persistent=False)  # (F, 2) row and column of codes that ``near`` saturates
         self.register_buffer("beyond", beyond, persistent=False)  # (F,) what it lacks there
@@ -202,10 +201,11 @@ class EntropyCoded(Weight):
             codes=small,
         )
 
-    def _decode(self) -> Tensor:
+    def _decode(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the stream says, as `_near_and_far` has it."""
+        rows, columns = self.row_spread.numel(), self.column_spread.numel()
         if self.words.device.type == "meta":
-            rows, columns = self.row_spread.numel(), self.column_spread.numel()
-            return torch.empty(rows, columns, dtype=torch.int8, device="meta")
+            return _near_and_far(torch.empty(rows, columns, dtype=torch.int8, device="meta"))
         where = _contexts(self.row_spread.cpu(), self.column_spread.cpu(), self.edges)
         lanes = self.lanes.cpu().contiguous().numpy()
         if lanes.ndim != 2 or lanes.shape[1:] != (8,) or self.words.numel() % 2:
@@ -215,12 +215,22 @@ class EntropyCoded(Weight):
         tables = self.tables.cpu().numpy()
         coded = rans.Coded(words, np.ascontiguousarray(heads[:, 0]), np.ascontiguousarray(heads[:, 1]))
         symbols = rans.decode(coded, where, tables)
-        codes = symbols.astype(np.int32) + self.lowest
-        outside = symbols == tables.shape[1] - 1
-        if int(outside.sum()) != self.escapes.numel():
+        escape = tables.shape[1] - 1
+        outside = np.flatnonzero(symbols == escape)
+        if outside.size != self.escapes.numel():
             raise FormError("EntropyCoded: escapes do not fit the stream; the file is damaged")
+        if -128 <= self.lowest and self.lowest + escape <= 128:  # all but the escapes are a byte as they are
+            near = symbols.view(np.int8)
+            near += np.int8(self.lowest)
+            escaped = self.escapes.cpu().numpy()
+            near[outside] = np.clip(escaped, -128, 127)
+            over = escaped != near[outside]
+            at = np.stack(np.divmod(outside[over], columns), 1)
+            beyond = escaped[over] - near[outside[over]]
+            return torch.from_numpy(near.reshape(rows, columns)), torch.from_numpy(at), torch.from_numpy(beyond)
+        codes = symbols.astype(np.int32) + self.lowest
         codes[outside] = self.escapes.cpu().numpy()
-        return torch.from_numpy(codes.reshape(self.row_spread.numel(), self.column_spread.numel()))
+        return _near_and_far(torch.from_numpy(codes.reshape(rows, columns)))
 
     @property
     def codes(self) -> Tensor:

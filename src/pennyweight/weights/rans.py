@@ -85,6 +85,28 @@ def frequencies_of(tables: Bytes) -> NDArray[np.uint32]:
     return out.astype(np.uint32)
 
 
+def contexts_of(row: Bytes, column: Bytes, of_sum: Bytes, *, native: bool = True) -> Bytes:
+    """(M*N,) the context of every position, row after row.
+
+    Args:
+        row: (M,) below 128.
+        column: (N,) below 128.
+        of_sum: (256,) the context of each sum of the two.
+        native: use the C twin where it is there.
+    """
+    routine = library("rans") if native else None
+    if routine is None:
+        found: Bytes = of_sum[(row & 127)[:, None] + (column & 127)[None, :]].ravel()
+        return found
+    contexts = np.empty(row.size * column.size, np.uint8)
+    row, column = np.ascontiguousarray(row), np.ascontiguousarray(column)
+    routine.pw_contexts(
+        _pointer(row), _pointer(column), ctypes.c_int64(row.size), ctypes.c_int64(column.size), _pointer(of_sum),
+        _pointer(contexts),
+    )  # fmt: skip
+    return contexts
+
+
 def _starts(frequency: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return np.concatenate([np.zeros((len(frequency), 1), np.uint32), frequency.cumsum(1)[:, :-1]], 1).astype(np.uint32)
 
@@ -155,30 +177,28 @@ def decode(coded: Coded, contexts: Bytes, tables: Bytes, *, native: bool = True)
     count, lanes = contexts.size, coded.states.size
     if lanes != lanes_for(count) or coded.lengths.size != lanes:
         raise FormError(f"entropy-coded weight: {lanes} lanes for {count} symbols; the file is damaged")
+    ends = coded.lengths.astype(np.int64).cumsum()
+    if ends[-1] != coded.words.size:
+        raise FormError("entropy-coded weight: the coded words do not fit their lanes; the file is damaged")
     frequency = frequencies_of(tables)
     start = _starts(frequency)
     alphabet = tables.shape[1]
     symbol_of = np.repeat(np.tile(np.arange(alphabet, dtype=np.uint8), len(tables)), frequency.ravel())
     contexts = np.ascontiguousarray(contexts)
     symbols = np.empty(count, np.uint8)
-    words = np.ascontiguousarray(coded.words)
-    routine = library("rans") if native else None
+    words = np.append(coded.words, np.uint16(0))  # a word past the end may be read, before a damaged lane is found out
+    routine = library("rans") if native and words.size < 1 << 31 else None
     if routine is not None:
         number = ctypes.c_int64
-        states, lengths = np.ascontiguousarray(coded.states), np.ascontiguousarray(coded.lengths)
         wrong = routine.pw_decode(
-            _pointer(contexts), number(count), number(lanes), number(alphabet), _pointer(frequency), _pointer(start),
-            _pointer(symbol_of), _pointer(states), _pointer(lengths), _pointer(words), number(words.size),
-            _pointer(symbols),
+            _pointer(contexts), number(count), number(lanes), number(alphabet), _pointer(frequency << 16 | start),
+            _pointer(np.append(symbol_of, np.zeros(4, np.uint8))), _pointer(np.ascontiguousarray(coded.states)),
+            _pointer(ends.astype(np.uint32)), _pointer(words), _pointer(symbols),
         )  # fmt: skip
         if wrong:
             raise FormError("entropy-coded weight: the coded words do not fit their tables; the file is damaged")
         return symbols
-    ends = coded.lengths.astype(np.int64).cumsum()
     following = ends - coded.lengths
-    if ends[-1] != words.size:
-        raise FormError("entropy-coded weight: the coded words do not fit their lanes; the file is damaged")
-    words = np.append(words, np.uint16(0))  # a damaged lane may read one past the end before it is found out
     x = coded.states.astype(np.int64)
     for step in range(-(-count // lanes)):
         live = min(lanes, count - step * lanes)
@@ -189,7 +209,7 @@ def decode(coded: Coded, contexts: Bytes, tables: Bytes, *, native: bool = True)
         symbols[at] = s
         state = frequency[k, s].astype(np.int64) * (state >> PROBABILITY_BITS) + slot - start[k, s]
         low = np.nonzero(state < _LOW)[0]
-        state[low] = (state[low] << 16) | words[np.minimum(following[low], words.size - 1)]
+        state[low] = (state[low] << 16) | words[np.minimum(following[low], coded.words.size)]
         following[low] += 1
         x[:live] = state
     if (following != ends).any() or (x != _LOW).any():
