@@ -184,19 +184,42 @@ def test_a_simpler_plan_is_taken_where_it_ties(model: Path, text: Path, tmp_path
     assert len({label for label in found.recipe.text().splitlines() if "quantize" in label}) <= 2
 
 
-def test_factors_fold_into_scales() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_fold_into_scales(transposed: bool) -> None:
     from pennyweight.levers.quantize.entropy import Entropy
-    from pennyweight.repair import with_factors
+    from pennyweight.repair import Tuned, with_factors
     from pennyweight.statistics import Statistics
     from pennyweight.weights import Dense
 
-    weight = Entropy(bits=4.0).solve(Dense(torch.randn(40, 60)), Statistics(1, torch.eye(60)))
-    factor = torch.rand(40) + 0.5
-    for each in (weight, Dense(torch.randn(40, 60))):
-        torch.testing.assert_close(
-            with_factors(each, factor).dense(), factor[:, None] * each.dense(), rtol=2e-3, atol=0
-        )
-    assert with_factors(weight, factor).cost().bytes == weight.cost().bytes + 40
+    made = Entropy(bits=4.0).solve(Dense(torch.randn(40, 60)), Statistics(1, torch.eye(60)))
+    weight = made.T if transposed else made
+    rows, columns = weight.shape
+    factors = {"outputs": torch.rand(rows) + 0.5, "inputs": torch.rand(columns) + 0.5}
+    found = with_factors(weight, factors)
+    wanted = factors["outputs"][:, None] * weight.dense() * factors["inputs"]
+    # a byte holds a scale within a thirty-second of an octave
+    torch.testing.assert_close(found.dense(), wanted, rtol=2 ** (2 / 32) - 1 + 1e-5, atol=0)
+    assert found.cost() == weight.cost()
+
+    trained = Tuned(weight, None)
+    with torch.no_grad():
+        for side, factor in trained.factors.items():
+            factor.copy_(factors[side])
+    x = torch.randn(3, columns)
+    judged = trained(x).float()  # what is trained is what is written, up to bfloat16
+    assert (judged - x @ found.dense().T).norm() < 1e-2 * judged.norm()
+    judged.square().sum().backward()
+    assert all(factor.grad is not None and factor.grad.abs().min() > 0 for factor in trained.factors.values())
+
+
+def test_matrices_without_scales_get_factors_beside_them() -> None:
+    from pennyweight.repair import with_factors
+    from pennyweight.weights import Dense
+
+    weight, factor = Dense(torch.randn(40, 60)), torch.rand(40) + 0.5
+    found = with_factors(weight, {"outputs": factor})
+    torch.testing.assert_close(found.dense(), factor[:, None] * weight.dense(), rtol=2e-3, atol=0)
+    assert found.cost().bytes == weight.cost().bytes + 80
 
 
 def test_a_frontier_falls_with_bytes(model: Path, text: Path) -> None:

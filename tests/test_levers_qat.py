@@ -293,7 +293,7 @@ def test_rescaled_codes_start_as_they_are_and_learn_their_scales_alone(settings)
     assert torch.equal(after.packed, weight.packed)
     assert after.cost() == weight.cost()
     same([after.dense()], [layer.dense()], 2e-3)
-    assert torch.equal(with_factors(weight, factor).dense(), after.dense())
+    assert torch.equal(with_factors(weight, {"groups": factor}).dense(), after.dense())
 
 
 def test_scales_that_are_shared_or_quantized_in_turn_are_left_to_factors_of_outputs():

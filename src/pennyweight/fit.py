@@ -185,7 +185,7 @@ def _rounds(job: Job, before: torch.Tensor, *, mending: bool) -> Solved:
         ceiling = job.task.harm_of(job.floor, before)
     room = {name: whole(name, limit) for name, limit in allowed.items()}
     if mending and "bytes" in room:
-        room["bytes"] -= reserved_bytes(slots)
+        room["bytes"] -= reserved_bytes(slots, offers)
     spread, found = _SPREAD, None
     for number in range(1, ROUNDS + 1):
         plan = prices.plan(slots, offers, room, None if ceiling is None else ceiling / _caution(job, spread))

@@ -1,15 +1,16 @@
 """Repair: tune what is cheap to store of a fitted language model against the original, for a stated time.
 
 Trained end to end on the KL divergence from the original's next-token distribution are the scales of every group of
-matrices on a grid, a factor for every output of other compact matrices, and the weights of the norms. Codes stay as
-they are, and the factors fold into the scales that are stored anyway.
+matrices on a grid, those of every output and input of entropy-coded matrices, a factor for every output of other
+matrices, and the weights of the norms. Codes stay as they are, and scales are stored as they were: those of one byte
+are trained through the rounding to that byte, so that they cost nothing and what was judged is what is written.
 
 The number of steps is settled once, from the time of the first ones, and kept in the journal with regular checkpoints,
 so that a killed repair goes on and ends the same. A repair that does not help on the check windows is thrown away.
 
 Source: M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
 arXiv:2407.11062 (tuning scales end to end with fixed codes). Differs from the source: norms too, and the original's
-distribution in place of the text's next tokens; entropy-coded and other matrices have one factor an output.
+distribution in place of the text's next tokens; entropy-coded matrices have no groups, but scales on both sides.
 
 Shape letters: M out features, N in features, G groups of a row; B windows, T tokens, V vocabulary.
 """
@@ -26,14 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pennyweight.damage import Prediction
 from pennyweight.errors import OptionError
 from pennyweight.finish import Solved
 from pennyweight.job import Job, standing_in
 from pennyweight.journal import Journal
+from pennyweight.levers.quantize.entropy import Entropy
 from pennyweight.plan.slots import Slot
 from pennyweight.solvers.trained import Rescaled, rescalable, rescaled
 from pennyweight.weights import Diagonal, Product, Weight
-from pennyweight.weights.entropy import EntropyCoded, scale_values
+from pennyweight.weights.entropy import EntropyCoded, scale_bytes, scale_values
 from pennyweight.weights.layers import CompactLinear
 
 _BATCH = 2  # windows a step
@@ -45,19 +48,53 @@ _SHARE = 0.85  # of the time goes into steps; the rest scores what they did
 
 
 class Tuned(nn.Module):
-    """A frozen matrix with one trained factor an output: (..., N) -> (..., M)."""
+    """A frozen matrix with trained factors of its outputs, and of its inputs where they have scales.
 
-    def __init__(self, matrix: Tensor, bias: nn.Parameter | None) -> None:
+    Takes (..., N) to (..., M).
+
+    Args:
+        weight: that is tuned.
+        bias: that is not.
+    """
+
+    def __init__(self, weight: Weight, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.register_buffer("matrix", matrix)
+        self.register_buffer("matrix", weight.dense().detach().bfloat16())
         self.bias = bias
-        self.factor = nn.Parameter(torch.ones(matrix.shape[0]))
+        self.factors = nn.ParameterDict()
+        for side, scale in _scales(weight).items():
+            self.register_buffer(f"{side}_scale", scale)
+            self.factors[side] = nn.Parameter(torch.ones(scale.numel()))
 
     matrix: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.linear(x.to(self.matrix.dtype), self.matrix) * self.factor.to(self.matrix.dtype)
+        x = x.to(self.matrix.dtype)
+        if "inputs" in self.factors:
+            x = x * self._factor("inputs")
+        y = functional.linear(x, self.matrix) * self._factor("outputs")
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _factor(self, side: str) -> Tensor:
+        """The factor that rounding of its scale leaves; gradients pass as if there were none."""
+        factor, scale = self.factors[side], getattr(self, f"{side}_scale")
+        kept = scale_values(_rescaled(scale, factor.detach())) / scale_values(scale)
+        through: Tensor = factor + (kept - factor).detach()
+        return through.to(self.matrix.dtype)
+
+
+def _scales(weight: Weight) -> dict[str, Tensor]:
+    """What is stored of ``weight`` and multiplies its outputs (M,) and inputs (N,); ones where nothing is yet."""
+    if not isinstance(weight, EntropyCoded):
+        return {"outputs": torch.ones(weight.shape[0])}
+    sides = ("inputs", "outputs") if weight.transposed else ("outputs", "inputs")
+    return dict(zip(sides, (weight.row_scale.detach(), weight.column_scale.detach()), strict=True))
+
+
+def _rescaled(scale: Tensor, factor: Tensor) -> Tensor:
+    """``scale`` times ``factor`` as it is stored: one byte each, or floating point."""
+    made = scale_values(scale) * factor
+    return scale_bytes(made) if scale.dtype == torch.uint8 else made.to(scale.dtype)
 
 
 def repair(job: Job, solved: Solved, seconds: float) -> Solved:
@@ -72,12 +109,13 @@ def repair(job: Job, solved: Solved, seconds: float) -> Solved:
     text = job.text(_WINDOWS)
     with job.stage("repair"):
         student, tuned, norms = _student(job, solved, slots)
-        trained = {f"{name}.factor": factor for name, factor in tuned.items()} | norms
-        run = _Run(job, solved, student, trained, text)
+        factors = {f"{name}|{side}": factor for name, sides in tuned.items() for side, factor in sides.items()}
+        run = _Run(job, solved, student, factors, norms, text)
         run.go(seconds)
     weights = dict(solved.weights)
     for slot in slots:
-        weights[slot.name] = with_factors(weights[slot.name], tuned[slot.name].detach())
+        found = {side: factor.detach() for side, factor in tuned[slot.name].items()}
+        weights[slot.name] = with_factors(weights[slot.name], found)
     tensors = {name: value.detach().half().to(value.dtype) for name, value in norms.items()}
     mended = replace(solved, weights=weights, tensors=tensors)
     before = job.scores("baseline", "original", job.model.module, job.check, exact=False)
@@ -92,48 +130,62 @@ def repair(job: Job, solved: Solved, seconds: float) -> Solved:
     return replace(mended, measured=harm, notes=(*solved.notes, note))
 
 
-def reserved_bytes(slots: Sequence[Slot]) -> int:
-    """What factors can add to the files: two bytes an output for a scale of its own (and its entry in the header)."""
-    return sum(2 * slot.map.shape[0] + 256 for slot in slots if slot.group == "blocks")
+def reserved_bytes(slots: Sequence[Slot], offers: Mapping[str, Sequence[Prediction]]) -> int:
+    """What factors can add to the files: two bytes an output for a scale of its own (and its entry in the header),
+    but nothing where every offer brings scales that are only changed."""
+    return sum(
+        2 * slot.map.shape[0] + 256
+        for slot in slots
+        if slot.group == "blocks" and not all(isinstance(offer.lever, Entropy) for offer in offers[slot.name])
+    )
 
 
-def with_factors(weight: Weight, factor: Tensor) -> Weight:
-    """``weight`` with its outputs multiplied by ``factor`` (M,), or the scales of its groups by (M, G), in 16 bits."""
-    if factor.ndim == 2:
+def with_factors(weight: Weight, factors: Mapping[str, Tensor]) -> Weight:
+    """``weight`` with what it stores of scales multiplied by ``factors``.
+
+    Args:
+        weight: whose codes stay.
+        factors: "groups" (M, G) of a matrix on a grid, or "outputs" (M,) and, if it is entropy-coded, "inputs" (N,).
+            Of other matrices the factors of outputs are stored beside it in 16 bits.
+    """
+    if "groups" in factors:
         assert rescalable(weight)
-        return rescaled(weight, factor)
-    if isinstance(weight, EntropyCoded) and not weight.transposed:
-        scale = (scale_values(weight.row_scale) * factor).half()
-        stored = {name: getattr(weight, name) for name in weight.tensors} | {"row_scale": scale}
-        return EntropyCoded(**stored, step=weight.step, lowest=weight.lowest, edges=weight.edges, codes=weight.codes)
-    return Product(Diagonal(factor.half()), weight)
+        return rescaled(weight, factors["groups"])
+    if isinstance(weight, EntropyCoded):
+        stored = {name: getattr(weight, name) for name in weight.tensors}
+        for side, scale in _scales(weight).items():
+            name = "row_scale" if (side == "outputs") != weight.transposed else "column_scale"
+            stored[name] = _rescaled(scale, factors[side])
+        return EntropyCoded(
+            **stored, step=weight.step, lowest=weight.lowest, edges=weight.edges, transposed=weight.transposed,
+            codes=weight.codes,
+        )  # fmt: skip
+    return Product(Diagonal(factors["outputs"].half()), weight)
 
 
 def _student(
     job: Job, solved: Solved, slots: Sequence[Slot]
-) -> tuple[nn.Module, dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+) -> tuple[nn.Module, dict[str, dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
     """The model with the solved matrices frozen in bfloat16, their factors, and its norms by parameter name."""
     with standing_in(job.model.module, solved.slots, solved.weights):
         student = copy.deepcopy(job.model.module)
-    tuned: dict[str, nn.Parameter] = {}
+    tuned: dict[str, dict[str, nn.Parameter]] = {}
     stands: nn.Module
     for slot in slots:
         layer = student.get_submodule(slot.map.path)
         bias, weight = getattr(layer, "bias", None), solved.weights[slot.name]
         if rescalable(weight):
             scales = Rescaled(weight)
-            stands, tuned[slot.name] = CompactLinear(scales, bias), scales.factor
+            stands, tuned[slot.name] = CompactLinear(scales, bias), {"groups": scales.factor}
         else:
-            plain = Tuned(weight.dense().detach().bfloat16(), bias)
-            stands, tuned[slot.name] = plain, plain.factor
+            plain = Tuned(weight, bias)
+            stands, tuned[slot.name] = plain, dict(plain.factors.items())
         student.set_submodule(slot.map.path, stands)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
     wanted = tuple(f"{path}." for path in job.model.anatomy.norms)
     norms = {name: value for name, value in student.named_parameters() if name.startswith(wanted)}
-    for factor in tuned.values():
-        factor.requires_grad_(True)
-    for value in norms.values():
+    for value in (*(factor for each in tuned.values() for factor in each.values()), *norms.values()):
         value.requires_grad_(True)
     return student, tuned, norms
 
@@ -142,14 +194,14 @@ class _Run:
     """The loop of a repair, its journal and its optimizer."""
 
     def __init__(
-        self, job: Job, solved: Solved, student: nn.Module, trained: Mapping[str, nn.Parameter], text: Tensor
-    ) -> None:
-        self.job, self.student, self.trained, self.text = job, student, trained, text
+        self, job: Job, solved: Solved, student: nn.Module, factors: Mapping[str, nn.Parameter],
+        norms: Mapping[str, nn.Parameter], text: Tensor,
+    ) -> None:  # fmt: skip
+        self.job, self.student, self.text = job, student, text
+        self.trained = {**factors, **norms}
         self.steps = 0
         self.identity = {**job.identity, "weights": solved.digest}
-        factors = [value for name, value in trained.items() if name.endswith(".factor")]
-        norms = [value for name, value in trained.items() if not name.endswith(".factor")]
-        groups = [{"params": factors, "lr": _RATE}, {"params": norms, "lr": _RATE / 2}]
+        groups = [{"params": [*factors.values()], "lr": _RATE}, {"params": [*norms.values()], "lr": _RATE / 2}]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -227,12 +279,12 @@ class _Run:
         found = {name: value.detach() for name, value in self.trained.items()}
         for name, value in self.trained.items():
             for key, part in self.optimizer.state[value].items():
-                found[f"{name}|{key}"] = torch.as_tensor(part)
+                found[f"{name}|adam|{key}"] = torch.as_tensor(part)
         return found
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, value in self.trained.items():
                 value.copy_(tensors[name])
-                keys = [key for key in tensors if key.startswith(f"{name}|")]
+                keys = [key for key in tensors if key.startswith(f"{name}|adam|")]
                 self.optimizer.state[value] = {key.rpartition("|")[2]: tensors[key].clone() for key in keys}
