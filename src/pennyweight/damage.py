@@ -61,6 +61,15 @@ def damage(difference: Tensor, statistics: Statistics) -> float:
     return 0.5 * float(per_row.sum() if statistics.gradient is None else per_row @ statistics.gradient.double())
 
 
+def by_solving(settings: Sequence[Any], weight: Weight, statistics: Statistics) -> list[Prediction]:
+    """Predictions of ``settings`` by solving each on the whole matrix, for levers of which some rows say nothing."""
+    found = []
+    for setting in settings:
+        solved = setting.solve(weight, statistics)
+        found.append(Prediction(setting, solved.cost(), damage(solved.dense() - weight.dense(), statistics)))
+    return found
+
+
 def sample(weight: Weight, statistics: Statistics, rows: int, seed: int) -> tuple[Weight, Statistics]:
     """``rows`` random rows of ``weight`` with their statistics; everything when there are no more than that."""
     matrix = weight.dense().detach()

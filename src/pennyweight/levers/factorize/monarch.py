@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pennyweight.damage import Prediction, damage
+from pennyweight.damage import Prediction, by_solving
 from pennyweight.errors import DataError, OptionError
 from pennyweight.lever import at_least, between, lever, one_of, option
 from pennyweight.model import anatomy
@@ -111,11 +111,7 @@ class MonarchProjection:
     @classmethod
     def predict(cls, settings: Sequence[MonarchProjection], weight: Weight, statistics: Statistics) -> list[Prediction]:
         """Predictions from the whole matrix: blocks take strided rows, and the rank of a few of them says nothing."""
-        found = []
-        for setting in settings:
-            solved = setting.solve(weight, statistics)
-            found.append(Prediction(setting, solved.cost(), damage(solved.dense() - weight.dense(), statistics)))
-        return found
+        return by_solving(settings, weight, statistics)
 
     @classmethod
     def candidates(cls, shape: tuple[int, int]) -> Iterator[MonarchProjection]:

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pennyweight.damage import Prediction, damage
+from pennyweight.damage import Prediction, by_solving
 from pennyweight.errors import OptionError
 from pennyweight.lever import at_least, between, lever, one_of, option
 from pennyweight.levers.quantize.gptq import GPTQ
@@ -130,11 +130,7 @@ class LoRC:
     @classmethod
     def predict(cls, settings: Sequence[LoRC], weight: Weight, statistics: Statistics) -> list[Prediction]:
         """Predictions from the whole matrix: a few of its rows have errors of lower rank than all of them."""
-        found = []
-        for setting in settings:
-            solved = setting.solve(weight, statistics)
-            found.append(Prediction(setting, solved.cost(), damage(solved.dense() - weight.dense(), statistics)))
-        return found
+        return by_solving(settings, weight, statistics)
 
     @classmethod
     def candidates(cls, shape: tuple[int, int]) -> Iterator[LoRC]:
