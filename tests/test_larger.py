@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from pennyweight.cli import main
 from pennyweight.errors import DataError, RecipeError
@@ -17,6 +18,7 @@ from pennyweight.model.saving import saved_bytes
 from pennyweight.recipe import Recipe
 from pennyweight.statistics import NO_STATISTICS
 from pennyweight.weights import Dense
+from pennyweight.weights.dictionary import DictionaryCoded
 from pennyweight.weights.layers import CompactLinear
 
 MIXED = """
@@ -51,6 +53,28 @@ def test_a_recipe_runs_block_by_block(checkpoint: Path, tmp_path: Path) -> None:
     assert found.tokenizer is not None
     assert saved.bytes == saved_bytes(tmp_path / "out") < 0.6 * saved_bytes(checkpoint)
     assert Recipe.read(tmp_path / "out" / "recipe.yaml") == Recipe.parse(MIXED)
+
+
+def test_experts_become_ternary_one_block_at_a_time(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "whole")
+    toys.tokenizer().save_pretrained(tmp_path / "whole")
+    recipe = Recipe.parse("pennyweight: 1\nsteps:\n- quantize.qmoe: {}\n  where: role:moe.experts*\n")
+    apply_streaming(
+        tmp_path / "whole", recipe, data=toys.text_file(tmp_path), out=tmp_path / "out", settings=toys.QUICK
+    )  # fmt: skip
+    found, before = load(tmp_path / "out").module, load(tmp_path / "whole").module
+    coded = [part for part in found.modules() if isinstance(part, DictionaryCoded)]
+    assert len(coded) == 2 * 4 * 3  # blocks, experts, and gate, up and down of each
+    for each in coded:
+        assert all(len(row.unique()) <= 3 for row in each.dense())
+    first = before.model.layers[0].mlp.experts.gate_up_proj[0, :48]
+    same = [each for each in coded if each.shape == (48, 32) and each.error(first) < 0.8]
+    assert len(same) == 1  # its own expert's, and nobody else's
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def _trained() -> FireNet:
 def _shown(one: edge.Measured) -> str:
     return (
         f"{one.format} ({one.backend}) {one.accuracy:.4f}, fire {one.recall['fire']:.4f}, {one.p50_ms:.2f} ms, "
-        f"p95 {one.p95_ms:.2f} ms, "
+        f"p95 {one.p95_ms:.2f} ms ({one.fps:.0f} frames a second), "
         f"ratio {one.ratio.value:.2f} ({one.ratio.low:.2f} to {one.ratio.high:.2f}), {one.bytes:,} bytes"
     )
 
