@@ -2,9 +2,18 @@
 
 Where VENV is not there yet, it is made, and mergekit installed into it on top of the packages that run this script.
 
-Makes a base and two models of SmolLM2-135M's shapes, merges them by each method in a process of its own, and prints
-seconds, GB/s of everything read and written once (inputs, the base where one is read, the result), and peak resident
-memory with what the process had before it began. Files are read before, so that all start from the same page cache.
+Makes a base and two models of SmolLM2-135M's shapes (or as large as --gigabytes says, in shards), merges them by each
+method in a process of its own, and prints seconds, GB/s of everything read and written once (inputs, the base where one
+is read, the result), and peak resident memory, also beyond the largest tensor. Files are read before, so that all start
+from the same page cache.
+
+It fails (exit code 1) where the result differs from mergekit's by more than rounding, where it depends on how inputs
+or outputs are cut into shards, or where it takes 600 MB more than the largest tensor. Rounding: half a unit in the last
+place (ulp) of the largest number involved for each operation that is rounded: of the checkpoints' dtype, in which
+mergekit computes unless it is told otherwise; it is then run once more in float32. Where a difference to the base is as
+large as the one that TIES trims at, either choice is right (a sort keeps any of them, ours keeps all): there mergekit
+must have what one of the choices gives. DARE is not compared: its draws are random, and mergekit scales what is left
+by norms instead of chances.
 """
 
 from __future__ import annotations
@@ -17,18 +26,27 @@ import sysconfig
 import tempfile
 import textwrap
 import venv
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+DENSITY = 0.5
 RECIPES = {
     "linear": "merge: linear\nmodels: [a, b]",
     "slerp": "merge: slerp\nmodels: [a, b]",
     "task_arithmetic": "merge: task_arithmetic\nbase: base\nmodels: [a, b]",
-    "ties": "merge: ties\noptions: {density: 0.5}\nbase: base\nmodels: [a, b]",
-    "dare_ties": "merge: dare\noptions: {density: 0.5, sign: ties}\nbase: base\nmodels: [a, b]",
+    "ties": f"merge: ties\noptions: {{density: {DENSITY}}}\nbase: base\nmodels: [a, b]",
+    "dare_ties": f"merge: dare\noptions: {{density: {DENSITY}, sign: ties}}\nbase: base\nmodels: [a, b]",
 }
+#: How many operations on a result are rounded to the dtype of the files, mergekit's and ours together.
+ROUNDINGS = {"linear": 2, "slerp": 2, "task_arithmetic": 5, "ties": 6}
+MOST_MEGABYTES = 600
+BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 PEAK = """
 def peak():
     with open("/proc/self/status") as file:  # of this program alone; getrusage counts what its parent had, too
@@ -78,73 +96,227 @@ print(time.perf_counter() - start, 0, resource.getrusage(resource.RUSAGE_CHILDRE
 """
 
 
-def make(home: Path, layers: int, dtype: torch.dtype) -> int:
-    """Write base, a and b; the bytes of one."""
+def make(home: Path, layers: int, shard_layers: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Write base, a and b, ``shard_layers`` layers a file; the bytes of one, and of its largest tensor."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": (576,)}
-    for n in range(layers):
-        at = f"model.layers.{n}"
-        shapes |= {
-            f"{at}.self_attn.{p}_proj.weight": (r, 576) for p, r in (("q", 576), ("k", 192), ("v", 192), ("o", 576))
-        }
-        shapes |= {f"{at}.mlp.{p}_proj.weight": (1536, 576) for p in ("gate", "up")}
-        shapes |= {f"{at}.mlp.down_proj.weight": (576, 1536)}
-        shapes |= {f"{at}.{p}layernorm.weight": (576,) for p in ("input_", "post_attention_")}
+    block = {f"self_attn.{p}_proj": (r, 576) for p, r in (("q", 576), ("k", 192), ("v", 192), ("o", 576))}
+    block |= {"mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576), "mlp.down_proj": (576, 1536)}
+    block |= {"input_layernorm": (576,), "post_attention_layernorm": (576,)}
+    outside = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": (576,)}
+    # past 30 layers they repeat, in other files: drawing gigabytes of numbers would take longer than merging them
+    drawn = min(layers, 30)
+    shapes = outside | {f"model.layers.{n}.{key}.weight": shape for n in range(drawn) for key, shape in block.items()}
     base = {name: 0.02 * torch.randn(*shape, generator=g) for name, shape in shapes.items()}
     config = {
         **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "vocab_size": 49152},
         **{"num_hidden_layers": layers, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536},
         **{"tie_word_embeddings": True, "torch_dtype": str(dtype)[6:]},
     }
+    size = 0
     for name in ("base", "a", "b"):
-        noise = 0.0 if name == "base" else 0.0004
+        noise = 0.0 if name == "base" else 0.001  # enough for two models not to count as parallel in slerp
         tensors = {key: (one + noise * torch.randn(one.shape, generator=g)).to(dtype) for key, one in base.items()}
-        (home / name).mkdir()
-        save_file(tensors, home / name / "model.safetensors", metadata={"format": "pt"})
-        (home / name / "config.json").write_text(json.dumps(config))
-    return (home / "a" / "model.safetensors").stat().st_size
+        shards = [{key: tensors[key] for key in outside}]
+        for first in range(0, layers, shard_layers):
+            shards.append({})
+            for n in range(first, min(first + shard_layers, layers)):
+                shards[-1] |= {
+                    f"model.layers.{n}.{k}.weight": tensors[f"model.layers.{n % drawn}.{k}.weight"] for k in block
+                }
+        if layers <= shard_layers:
+            shards = [shards[0] | shards[1]]
+        write(home / name, shards, config)
+        size = sum(file.stat().st_size for file in (home / name).glob("*.safetensors"))
+    return size, max(one.numel() for one in base.values()) * dtype.itemsize
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def write(directory: Path, shards: list[dict[str, Tensor]], config: Mapping[str, object]) -> None:
+    """A checkpoint as `transformers` lays it out."""
+    directory.mkdir(parents=True)
+    where = {}
+    for n, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
+        # copies: save_file refuses what shares memory
+        save_file({key: one.clone() for key, one in shard.items()}, directory / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def tensors_of(directory: Path) -> dict[str, Path]:
+    """The file of every tensor."""
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= dict.fromkeys(opened.keys(), file)
+    return found
+
+
+def read(files: Mapping[str, Path], name: str) -> Tensor:
+    """One tensor."""
+    with safe_open(files[name], "pt") as opened:
+        found: Tensor = opened.get_tensor(name)
+    return found
+
+
+def ulp(size: Tensor, bits: int) -> Tensor:
+    """The distance of neighboring numbers of ``bits`` bits behind the point at ``size`` (n,) float64."""
+    return torch.exp2(size.clamp_min(1e-30).log2().floor() - bits)
+
+
+def ties_of(base: Tensor, deltas: Tensor, kept: Tensor) -> Tensor:
+    """TIES of deltas (E, n) of which ``kept`` (E, n) are not trimmed."""
+    left = deltas * kept
+    sign = torch.where(left.sum(0) >= 0, 1.0, -1.0).double()
+    agree = left.sign() == sign
+    return base + (left * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def difference(method: str, home: Path, ours: Path, theirs: Path, computed: torch.dtype) -> tuple[float, float, float]:
+    """How far two results are apart.
+
+    Returns:
+        In ulps of ``computed``, in which mergekit computed; in those of bfloat16; and the share of elements at which
+        either choice of TIES is right.
+    """
+    sources = {name: tensors_of(home / name) for name in ("base", "a", "b")}
+    one, two = tensors_of(ours), tensors_of(theirs)
+    assert one.keys() == two.keys() == sources["a"].keys(), "the results have other tensors"
+    worst, coarse, open_, count = 0.0, 0.0, 0, 0
+    for name in one:
+        x, y = read(one, name), read(two, name)
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{name}: {x.dtype} {tuple(x.shape)}, {y.dtype}"
+        bits = min(BITS[x.dtype], BITS[computed])
+        x, y = x.double().flatten(), y.double().flatten()
+        base, a, b = (read(sources[source], name).double().flatten() for source in ("base", "a", "b"))
+        away = (x - y).abs()
+        if method == "ties":
+            deltas = torch.stack([a - base, b - base])
+            keep = max(1, int(DENSITY * x.numel()))
+            least = deltas.abs().kthvalue(x.numel() - keep + 1, dim=1, keepdim=True).values
+            # with coarse arithmetic differences near the threshold are rounded to either side of it
+            slack = ulp(least, BITS[computed]) if computed != torch.float32 else 1e-6 * least
+            either = (deltas.abs() - least).abs() <= slack
+            at = either.any(0)
+            open_ += int(at.sum())
+            some, surely = deltas[:, at], (deltas.abs() >= least)[:, at]
+            for choice in product((False, True), repeat=2):
+                kept = torch.where(either[:, at], torch.tensor(choice)[:, None], surely)
+                away[at] = torch.minimum(away[at], (ties_of(base[at], some, kept) - y[at]).abs())
+        size = torch.stack([x, y, base, a, b]).abs().amax(0)
+        worst = max(worst, float((away / ulp(size, bits)).max()))
+        coarse = max(coarse, float((away / ulp(size, 7)).max()))
+        count += x.numel()
+    return worst, coarse, open_ / count
+
+
+def same(one: Path, two: Path) -> bool:
+    """Whether two results have the same tensors, bit for bit."""
+    left, right = tensors_of(one), tensors_of(two)
+    return left.keys() == right.keys() and all(torch.equal(read(left, name), read(right, name)) for name in left)
+
+
+def reshard(home: Path, pieces: int) -> None:
+    """The three models again below ``home``/cut, their tensors dealt to ``pieces`` files."""
+    for name in ("base", "a", "b"):
+        files = tensors_of(home / name)
+        shards = [{key: read(files, key) for key in sorted(files)[n::pieces]} for n in range(pieces)]
+        write(home / "cut" / name, shards, json.loads((home / name / "config.json").read_text()))
+
+
+def timed(code: str, what: str, more: list[str], outs: Iterator[Path], repeats: int) -> tuple[list[list[float]], Path]:
+    """Seconds, memory before and peak memory of each run, and where the last one wrote."""
+    runs, last = [], None
+    for _ in range(repeats):
+        if last is not None:
+            subprocess.run(["rm", "-r", last], check=True)
+        last = next(outs)
+        command = [sys.executable, "-c", PEAK + code, what, str(last), *more]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        runs.append([float(word) for word in done.stdout.split()[-3:]])
+    assert last is not None
+    return sorted(runs), last
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", metavar="VENV", help="a virtual environment that holds mergekit, or will")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--gigabytes", type=float, help="of one model; else SmolLM2-135M's 30 layers, in one file")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", default=",".join(RECIPES))
+    parser.add_argument("--only-ours", action="store_true", help="no plain loop beside it")
+    parser.add_argument("--folder", help="where the files go for the time of the run")
     given = parser.parse_args()
     if given.mergekit and not Path(given.mergekit).exists():
         install_mergekit(Path(given.mergekit))
-    with tempfile.TemporaryDirectory() as folder:
+    dtype = getattr(torch, given.dtype)
+    layers = 30 if given.gigabytes is None else max(1, round((given.gigabytes * 1e9 / dtype.itemsize - 28e6) / 3.5e6))
+    failed = []
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         home = Path(folder)
-        size = make(home, given.layers, getattr(torch, given.dtype))
-        print(f"one model: {size / 1e6:.1f} MB in {given.dtype}, {torch.get_num_threads()} threads")
+        size, largest = make(home, layers, 30 if given.gigabytes is None else 200, dtype)
+        threads = torch.get_num_threads()
+        print(f"one model: {size / 1e6:.1f} MB in {given.dtype}, largest tensor {largest / 1e6:.1f}; {threads} threads")
+        if given.gigabytes is None:
+            reshard(home, 3)
+        outs = (home / f"out-{n}" for n in range(10**6))
         for method in given.methods.split(","):
             files = 3 if method in ("linear", "slerp") else 4
             recipe = home / f"{method}.yaml"
             recipe.write_text(f"pennyweight: 1\n{RECIPES[method]}\n")
             rivals = {"pennyweight": (OURS, str(recipe), [])}
-            if method in ("linear", "ties"):
+            if method in ("linear", "ties") and given.gigabytes is None and not given.only_ours:
                 rivals["plain loop"] = (PLAIN, f"{home}/{method}", [])
             if given.mergekit:
                 theirs = home / f"{method}-mergekit.yaml"
-                theirs.write_text(mergekit_recipe(method, home, given.dtype))
+                theirs.write_text(mergekit_recipe(method, home, f"dtype: {given.dtype}"))
                 rivals["mergekit"] = (MERGEKIT, str(theirs), [f"{given.mergekit}/bin/mergekit-yaml"])
+            wrote = {}
             for name, (code, what, more) in rivals.items():
-                runs = []
-                for n in range(given.repeats):
-                    out = f"{home}/out-{n}"
-                    command = [sys.executable, "-c", PEAK + code, what, out, *more]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
-                    runs.append([float(word) for word in done.stdout.split()[-3:]])
-                    subprocess.run(["rm", "-r", out], check=True)
-                seconds, before, peak = sorted(runs)[len(runs) // 2]
+                runs, wrote[name] = timed(code, what, more, outs, given.repeats)
+                seconds, before, peak = runs[len(runs) // 2]
+                over = peak * 2**20 / 1e6 - largest / 1e6
                 print(
-                    f"{method:16s} {name:12s} {seconds:6.2f} s (best {min(runs)[0]:.2f})"
+                    f"{method:16s} {name:12s} {seconds:6.2f} s (best {runs[0][0]:.2f})"
                     f"  {files * size / seconds / 1e9:5.2f} GB/s"
-                    f"  peak {peak:6.0f} MB, {before:.0f} before",
+                    f"  peak {peak:6.0f} MiB, {before:.0f} before; {over:.0f} MB over the largest tensor",
                     flush=True,
                 )
+                if name == "pennyweight" and over > MOST_MEGABYTES:
+                    failed.append(f"{method}: {over:.0f} MB over the largest tensor, {MOST_MEGABYTES} allowed")
+            if given.gigabytes is None:
+                cut = home / "cut" / f"{method}.yaml"
+                cut.write_text(f"pennyweight: 1\n{RECIPES[method]}\nshard: 100MB\n")
+                _, other = timed(OURS, str(cut), [], outs, 1)
+                equal = same(wrote["pennyweight"], other)
+                print(f"{'':16s} inputs in 3 shards, outputs of 100 MB: {'the same bits' if equal else 'OTHER BITS'}")
+                failed += [] if equal else [f"{method}: depends on shards"]
+                wrote["cut"] = other
+            if given.mergekit and method in ROUNDINGS:
+                if dtype != torch.float32:
+                    finer = home / f"{method}-float32.yaml"
+                    finer.write_text(mergekit_recipe(method, home, f"dtype: float32\nout_dtype: {given.dtype}"))
+                    _, wrote["float32"] = timed(MERGEKIT, str(finer), rivals["mergekit"][2], outs, 1)
+                for name, computed in (("mergekit", dtype), ("float32", torch.float32)):
+                    if name in wrote:
+                        found, coarse, either = difference(method, home, wrote["pennyweight"], wrote[name], computed)
+                        # the last rounding of each, where everything before it is finer than the result
+                        most = 1.0 if computed != dtype else ROUNDINGS[method] / 2
+                        choice = f", {either:.2%} of the elements at the threshold" if method == "ties" else ""
+                        print(
+                            f"{'':16s} against mergekit in {str(computed)[6:]}: {found:.3g} ulps of {given.dtype} "
+                            f"({coarse:.3g} of bfloat16) at most, {most:.3g} allowed{choice}",
+                            flush=True,
+                        )
+                        if found > most:
+                            failed.append(f"{method}: {found:.3g} ulps from mergekit's, {most:.3g} allowed")
+            for directory in wrote.values():
+                subprocess.run(["rm", "-r", directory], check=True)
+    for line in failed:
+        print(f"FAILED {line}")
+    return int(bool(failed))
 
 
 def install_mergekit(home: Path) -> None:
@@ -159,12 +331,12 @@ def mergekit_recipe(method: str, home: Path, dtype: str) -> str:
     """The same merge as mergekit writes it."""
     if method == "slerp":
         head = f"merge_method: slerp\nbase_model: {home}/a\nparameters: {{t: 0.5}}\n"
-        return f"{head}dtype: {dtype}\nmodels: [{{model: {home}/a}}, {{model: {home}/b}}]\n"
+        return f"{head}{dtype}\nmodels: [{{model: {home}/a}}, {{model: {home}/b}}]\n"
     base = "" if method == "linear" else f"base_model: {home}/base\n"
-    options = "{weight: 1.0, density: 0.5}" if "ties" in method else "{weight: 1.0}"
+    options = f"{{weight: 1.0, density: {DENSITY}}}" if "ties" in method else "{weight: 1.0}"
     models = "".join(f"- model: {home}/{name}\n  parameters: {options}\n" for name in ("a", "b"))
-    return textwrap.dedent(f"merge_method: {method}\n{base}dtype: {dtype}\nmodels:\n{models}")
+    return textwrap.dedent(f"merge_method: {method}\n{base}{dtype}\nmodels:\n{models}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,8 +28,10 @@ from pennyweight.merge import (
     read_moments,
     save_moments,
     second_moments,
+    ties,
 )
-from pennyweight.merge.ties import nth_largest
+from pennyweight.merge.formula import elected_mean
+from pennyweight.merge.ties import nth_largest, shrink
 
 
 def draw(seed, *shape, scale=1.0):
@@ -160,6 +162,25 @@ def test_the_nth_largest_is_that_of_a_sort(values, data):
     walk = lambda: iter([rows[:, :7].clone(), rows[:, 7:].clone()] if len(values) > 7 else [rows.clone()])  # noqa: E731
     wanted = sorted(rows[0].tolist(), reverse=True)[nth - 1]
     assert nth_largest(walk, nth) == [wanted, wanted]
+    with pytest.MonkeyPatch.context() as patched:  # and without a compiler
+        patched.setattr(ties, "library", lambda name: None)
+        assert nth_largest(walk, nth) == [wanted, wanted]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.3), (1.0, -1.0)])
+def test_trimming_and_election_without_masks_are_what_masks_give(weights):
+    deltas = torch.stack([draw(1, 400), draw(2, 400)])
+    deltas[:, 0], deltas[0, 1], deltas[1, 2], deltas[:, 3] = 0, -deltas[1, 1], -0.0, -0.0
+    bound = float(deltas[0, 9].abs())
+    for least in (bound, 0.0, 1e-45):
+        wanted = torch.where(deltas[0].abs() >= least, deltas[0], 0)
+        assert torch.equal(shrink(deltas[0].clone(), least), wanted)
+    weighted = deltas * torch.tensor(weights)[:, None]
+    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+    agree = weighted.sign() == sign
+    count = (torch.tensor(weights)[:, None] * agree).sum(0)
+    wanted = (weighted * agree).sum(0) / torch.where(count == 0, 1.0, count)
+    torch.testing.assert_close(elected_mean(deltas.clone(), list(weights)), wanted, rtol=1e-6, atol=0)
 
 
 def write(directory, tensors, shards=1, **config):

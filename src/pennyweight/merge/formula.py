@@ -130,18 +130,18 @@ def weighted_sum(parts: Tensor, weights: list[float]) -> Tensor:
 
 
 def elected_mean(deltas: Tensor, weights: list[float]) -> Tensor:
-    """The mean of those deltas (E, n) whose sign is the sum's, each with its weight: (n,).
+    """The mean of those deltas (E, n) whose sign is the sum's, each with its weight: (n,). Overwrites ``deltas``.
 
     Zeros have no sign, and leave the mean as what was trimmed. Where nothing is left it is 0.
     """
     for delta, weight in zip(deltas, weights, strict=True):
         if weight != 1:
             delta.mul_(weight)
-    total = deltas.sum(0)
-    sign = torch.where(total >= 0, 1.0, -1.0)
-    mean, divisor = torch.zeros_like(total), torch.zeros_like(total)
+    # floats throughout: an operation that makes or takes a mask costs ten times one that does not
+    sign = torch.copysign(torch.ones_like(deltas[0]), deltas.sum(0).add_(0.0))  # a sum of -0 counts as 0
+    mean, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
         mean.add_(delta.mul_(sign).clamp_(min=0))
-        divisor.add_(delta > 0, alpha=weight)
-    divisor.masked_fill_(divisor == 0, 1)
-    return mean.div_(divisor).mul_(sign)
+        divisor.add_(delta.gt_(0), alpha=weight)
+    nothing = deltas[0].copy_(divisor).eq_(0)
+    return mean.div_(divisor.add_(nothing)).mul_(sign)

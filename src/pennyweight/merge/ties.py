@@ -7,6 +7,7 @@ equal to the smallest kept one are all kept.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pennyweight.lever import ANY, between, option
 from pennyweight.merge.formula import Formula, Rule, Span, Stretched, elected_mean
+from pennyweight.native import library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +36,27 @@ class Ties(Formula):
         def rule(span: Span) -> Tensor:
             base, deltas = span.deltas()
             if least is not None:
-                trim(deltas, deltas.abs(), least)
+                for delta, bound in zip(deltas, least, strict=True):
+                    shrink(delta, bound)
             return elected_mean(deltas, self.shares(len(deltas))).mul_(self.scale).add_(base)
 
         return rule
 
 
-def trim(deltas: Tensor, scores: Tensor, least: Sequence[float]) -> Tensor:
-    """``deltas`` (E, n), zero where ``scores`` (E, n) are below the ``least`` of their model; in place."""
-    for delta, score, bound in zip(deltas, scores, least, strict=True):
-        delta.mul_(score >= bound)
-    return deltas
+def shrink(delta: Tensor, bound: float) -> Tensor:
+    """``delta`` (n,) float32, zero where its size is below ``bound``; in place."""
+    if bound == 0:
+        return delta
+    # what torch drops is at most a number, and not below it: so take the float32 before the bound
+    below = float(torch.nextafter(torch.tensor(bound), torch.tensor(0.0)))
+    return torch.ops.aten.hardshrink.out(delta, below, out=delta)
+
+
+def trim(weights: Tensor, scores: Tensor, least: Sequence[float]) -> Tensor:
+    """``weights`` (E, n), zero where ``scores`` (E, n) are below the ``least`` of their model; both overwritten."""
+    for weight, score, bound in zip(weights, scores, least, strict=True):
+        weight.mul_(score.ge_(bound))
+    return weights
 
 
 _LOW = 15  # the bits of a float32 that the second walk tells apart; the first one sees exponent and upper mantissa
@@ -62,26 +74,36 @@ def nth_largest(walk: Callable[[], Iterator[Tensor]], nth: int) -> list[float]:
     """
     if nth < 1:
         return [torch.inf] * len(next(walk()))
-    upper: Tensor | None = None
-    for values in walk():
-        counts = torch.stack([_count(bits >> _LOW, 1 << (31 - _LOW)) for bits in values.view(torch.int32)])
-        upper = counts if upper is None else upper.add_(counts)
-    assert upper is not None
+    upper = _counted(walk(), None, _LOW, 1 << (31 - _LOW))
     bins, left = zip(*(_place(row, nth) for row in upper), strict=True)
-    lower = torch.zeros(len(bins), 1 << _LOW, dtype=torch.int64)
-    for values in walk():
-        for counted, bits, bin in zip(lower, values.view(torch.int32), bins, strict=True):
-            begin = bin << _LOW
-            inside = bits[(bits >= begin) & (bits <= begin + ((1 << _LOW) - 1))]  # the sum would pass 2^31 for NaN
-            if len(inside):
-                counted += _count(inside - begin, 1 << _LOW)
+    lower = _counted(walk(), [bin << _LOW for bin in bins], 0, 1 << _LOW)
     bits = [(bin << _LOW) + _place(row, nth)[0] for bin, nth, row in zip(bins, left, lower, strict=True)]
     found: list[float] = torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
     return found
 
 
-def _count(places: Tensor, size: int) -> Tensor:
-    return torch.bincount(places, minlength=size)
+def _counted(stretches: Iterator[Tensor], begins: Sequence[int] | None, shift: int, bins: int) -> Tensor:
+    """How many numbers of each row lie in each range of 2^shift bit patterns from ``begins`` (0) on: (E, bins)."""
+    routines = library("counts")
+    found: Tensor | None = None
+    for values in stretches:
+        if found is None:
+            found = torch.zeros(len(values), bins, dtype=torch.int64)
+        for row, begin, counts in zip(values, begins or [0] * len(values), found, strict=True):
+            if routines is None:
+                numbers = row.view(torch.int32)
+                last = begin + (bins << shift) - 1  # of the last range; of the first walk's, all there is
+                inside = numbers if begins is None else numbers[(numbers >= begin) & (numbers <= last)]
+                if len(inside):
+                    counts += torch.bincount((inside - begin) >> shift, minlength=bins)
+                continue
+            row = row.contiguous()
+            routines.pw_counts(
+                ctypes.c_void_p(row.data_ptr()), ctypes.c_int64(len(row)), ctypes.c_uint32(begin),
+                ctypes.c_int(shift), ctypes.c_uint32(bins), ctypes.c_void_p(counts.data_ptr()),
+            )  # fmt: skip
+    assert found is not None
+    return found
 
 
 def _place(counts: Tensor, nth: int) -> tuple[int, int]:
