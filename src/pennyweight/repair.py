@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ _BATCH = 2  # windows a step
 _WINDOWS = 1024  # to train on, at most
 _PROBE = 3  # steps whose time settles how many there will be; the first is a warm-up
 _CHECKPOINT = 25
-_RATE = 2e-3  # of the factors, which are near one; norms get half of it
+_RATE = 5e-3  # of the factors, which are near one; norms get half of it, times their mean size
 _SHARE = 0.85  # of the time goes into steps; the rest scores what they did
 
 
@@ -201,7 +202,8 @@ class _Run:
         self.trained = {**factors, **norms}
         self.steps = 0
         self.identity = {**job.identity, "weights": solved.digest}
-        groups = [{"params": [*factors.values()], "lr": _RATE}, {"params": [*norms.values()], "lr": _RATE / 2}]
+        groups: list[dict[str, Any]] = [{"params": [*factors.values()], "lr": _RATE}]
+        groups += [{"params": [norm], "lr": _RATE / 2 * float(norm.detach().abs().mean())} for norm in norms.values()]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 

@@ -58,7 +58,7 @@ def longer_runs_want_a_larger_share(assets: Assets) -> Outcome:
         baseline=best[_STEPS[0]],
         unit=f"best quantization-aware share of {_STEPS[1]:,} steps against {_STEPS[0]}",
         lower_is_better=False,
-        holds=best[_STEPS[1]] >= best[_STEPS[0]],
+        holds=best[_STEPS[1]] > best[_STEPS[0]],
         control=(f"the formula for {_STEPS[1]:,} steps", rule[_STEPS[1]]),
         notes=f"the formula for {_STEPS[0]} steps: {rule[_STEPS[0]]:.2f}; one seed, {params:,} parameters",
     )

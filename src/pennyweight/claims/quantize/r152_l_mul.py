@@ -56,7 +56,7 @@ def four_bit_l_mul_errs_no_more_than_e4m3(assets: Assets) -> Outcome:
         method=four,
         baseline=e4m3,
         unit="mean error of a product over mean size, 4-bit L-Mul against E4M3 operands, SmolLM2's inputs and weights",
-        holds=four <= e4m3,
+        holds=0.01 < four <= e4m3,  # nearer to exact than any 4-bit mantissa can be: the emulation would be off
         control=("L-Mul of 3 bits", three),
     )
 

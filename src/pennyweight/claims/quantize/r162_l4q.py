@@ -1,7 +1,8 @@
 """Row 162, L4Q: an adapter merged before rounding and trained through it, against one that is rounded after training.
 
-With as many trained numbers on either side (rank 4 and its steps, the rival's rank 6) the gain is a third of the margin
-that was set before the run: not shown at this size. L4Q does store less than GPTQ with an adapter beside it.
+With as many trained numbers on either side (rank 4 and its steps, the rival's rank 6) the whole interval of the gain
+has to lie beyond a margin that was set before the run, and does not: not shown at this size. L4Q does store less than
+GPTQ with an adapter beside it.
 """
 
 from __future__ import annotations
