@@ -11,7 +11,7 @@ from problems import problem
 from pennyweight.errors import DataError, FormError, OptionError
 from pennyweight.lever import make
 from pennyweight.levers.prune.armor import ARMOR
-from pennyweight.solvers.armor import Fit, _Adam
+from pennyweight.solvers.armor import Fit, _Adam, _solved
 from pennyweight.solvers.masks import patterned
 from pennyweight.solvers.scores import normalized, nowag
 from pennyweight.statistics import NO_STATISTICS
@@ -33,16 +33,16 @@ def fit(rows=8, width=8, block=8, seed=0, moved=True):
 def loss_of(one, core):
     """By whole matrices."""
     left, right = torch.block_diag(*one.left), torch.block_diag(*one.right)
-    gap = left @ core @ right - one._joined(one.target)
+    gap = left @ core @ right - one.target
     return float((gap.square() * one.h.reshape(-1)).sum()) / one.whole
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_solved_anew_is_the_best_of_all_patterns(seed):
     one = fit(seed=seed)
-    before = one._joined(one.core).clone()
+    before = one.core.clone()
     one.solve_runs(torch.Generator().manual_seed(seed))
-    after = one._joined(one.core)
+    after = one.core
     changed = (after != before).view(8, 2, 4).any(-1).nonzero()
     assert len(changed) == 1, "one run a pair of blocks"
     row, run = (int(k) for k in changed[0])
@@ -50,7 +50,7 @@ def test_a_run_solved_anew_is_the_best_of_all_patterns(seed):
     root = one.h.reshape(-1).sqrt()
     empty = before.clone()
     empty[row, 4 * run : 4 * run + 4] = 0
-    rest = ((one._joined(one.target) - left @ empty @ right) * root).flatten()
+    rest = ((one.target - left @ empty @ right) * root).flatten()
     best = None
     for pair in combinations(range(4), 2):
         columns = torch.stack([(left[:, row, None] * right[4 * run + p] * root).flatten() for p in pair], 1)
@@ -62,19 +62,33 @@ def test_a_run_solved_anew_is_the_best_of_all_patterns(seed):
     assert tuple(found.nonzero()[:, 0].tolist()) == best[1]
     torch.testing.assert_close(found[list(best[1])], best[2], rtol=1e-6, atol=1e-9)
     assert one.loss() == pytest.approx(best[0] / one.whole, rel=1e-6)
-    assert torch.equal(one._joined(one.mask), after != 0)
+    assert torch.equal(one.mask, after != 0)
 
 
 @given(seed=integers(0, 2**20), rows=integers(1, 3), columns=integers(1, 3))
 def test_no_step_raises_the_loss(seed, rows, columns):
     one = fit(8 * rows, 8 * columns, seed=seed)
     g = torch.Generator().manual_seed(seed)
-    assert one.loss() == pytest.approx(loss_of(one, one._joined(one.core)), rel=1e-9)
+    assert one.loss() == pytest.approx(loss_of(one, one.core), rel=1e-9)
     for step in (one.solve_sides, lambda: one.solve_runs(g), one.solve_sides, lambda: one.solve_runs(g)):
         before = one.loss()
         step()
         assert one.loss() <= before * (1 + 1e-9) + 1e-12
-        assert bool((one._joined(one.mask).view(-1, 4).sum(1) == 2).all())
+        assert bool((one.mask.view(-1, 4).sum(1) == 2).all())
+
+
+def test_the_loss_is_that_of_the_state_after_a_run():
+    one, g = fit(16, 24, seed=5), torch.Generator().manual_seed(5)
+    for _ in range(20):
+        assert one.solve_runs(g) == pytest.approx(one.loss(), rel=1e-9)
+
+
+def test_two_by_two_systems_are_solved_as_larger_ones_are():
+    g = torch.Generator().manual_seed(0)
+    half = torch.randn(50, 2, 2, generator=g, dtype=torch.float64)
+    gram, right = half @ half.mT, torch.randn(50, 2, 3, generator=g, dtype=torch.float64)
+    ridge = 1e-3 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(_solved(gram, right, 1e-3), torch.linalg.solve(gram + ridge, right))
 
 
 def test_sides_are_solved_to_their_least_squares():
@@ -92,7 +106,7 @@ def test_adam_takes_the_steps_of_torch():
     ours = _Adam(rate)
     for _ in range(5):
         adam.zero_grad()
-        gap = left[:, None] @ (core * one.mask) @ right - one.target
+        gap = torch.block_diag(*left) @ (core * one.mask) @ torch.block_diag(*right) - one.target
         (gap.square() * one.h).sum().div(one.whole).backward()
         adam.step()
         one._adam(ours)

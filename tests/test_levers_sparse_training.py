@@ -13,6 +13,7 @@ from torch import nn
 from pennyweight.errors import DataError, OptionError
 from pennyweight.evaluate.agreement import agreement
 from pennyweight.lever import make
+from pennyweight.levers.prune.adaptive import softened
 from pennyweight.levers.prune.magnitude import Magnitude
 from pennyweight.levers.prune.maskllm import PatternOdds, Sharpening
 from pennyweight.levers.prune.progressive import GradientNoise, ProgressiveMasks
@@ -105,6 +106,37 @@ def test_without_steps_ast_is_the_one_shot_lever(score):
         lever = Wanda(pattern="2:4") if score == "wanda" else Magnitude(pattern="2:4")
         plain = lever.solve(matrix, known[found.name])
         assert torch.equal(model.module.get_submodule(found.path).weight.dense(), plain.dense())
+
+
+def test_from_sparsegpt_it_starts_with_what_sparsegpt_leaves():
+    options = {"steps": 0, "prior": "sparsegpt", "dtype": "float32"}
+    model, maps = changed("prune.ast", options)
+    original = of_module(build("llama"))
+    known = Work(model=original, windows=windows(), maps=maps).statistics({"second_moment"})
+    for found, matrix in zip(maps, matrices(original.module, maps), strict=True):
+        wanted = SparseGPT(pattern="2:4", dtype="float32").solve(Dense(matrix), known[found.name])
+        assert torch.equal(anatomy.matrix(model.module, found), wanted.dense())
+    options |= {"steps": 6, "batch": 4, "rate": 2e-3, "every": 0, "decay": 0.0}
+    trained, _ = changed("prune.ast", options)
+    for before, after in zip(matrices(model.module, maps), matrices(trained.module, maps), strict=True):
+        assert torch.equal(before != 0, after != 0)  # masks that stay
+        assert not torch.equal(before, after)
+
+
+def test_the_softened_divergence_is_that_of_the_formula_with_its_gradient():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 29, 11, generator=g, dtype=torch.float64) for _ in range(2))  # 87 rows: no 32s
+    gradients = []
+    for loss in (
+        lambda one: softened(one, teacher, 2.0),
+        lambda one: 4 * ((teacher / 2).softmax(-1) * ((teacher / 2).log_softmax(-1) - (one / 2).log_softmax(-1))).sum()
+        / 87,
+    ):  # fmt: skip
+        leaf = student.clone().requires_grad_()
+        found = loss(leaf)
+        (3 * found).backward()
+        gradients.append((found.detach(), leaf.grad))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("start", ["mean", "sum"])

@@ -70,13 +70,14 @@ class _Through(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, mask: Tensor, leak: float, decay: float) -> Tensor:
         ctx.save_for_backward(*((weight, mask) if decay else ()))
         ctx.decay = decay
-        return torch.where(mask, weight, weight * leak if leak else weight.new_zeros(()))
+        # a product is ten times as fast as a choice on a CPU
+        return torch.where(mask, weight, weight * leak) if leak else weight * mask
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.decay:
             weight, mask = ctx.saved_tensors
-            grad = torch.where(mask, grad, grad + ctx.decay * weight)
+            grad = torch.addcmul(grad, weight, (~mask).to(weight.dtype), value=ctx.decay)
         return grad, None, None, None
 
 
@@ -116,12 +117,15 @@ def gumbel_mask(
         temperature: above 0.
         generator: of the draw, on the logits' device; None draws nothing, which is the softmax itself.
     """
-    wanted = logits * scale
+    by_pattern = logits.movedim(-1, 0)  # (P, ...): a softmax over the last of few places takes ten times as long
+    wanted = by_pattern * (scale / temperature)
     if generator is not None:
-        uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
         tiny = torch.finfo(logits.dtype).tiny
-        wanted = wanted - (-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
-    return (wanted / temperature).softmax(-1) @ patterns.to(logits.dtype)
+        noise = torch.rand(by_pattern.shape, generator=generator, dtype=logits.dtype, device=logits.device)
+        noise.clamp_(min=tiny).log_().neg_().clamp_(min=tiny).log_()
+        wanted = wanted.sub(noise, alpha=1 / temperature)
+    shares = wanted.softmax(0).reshape(len(patterns), -1)  # (P, groups)
+    return (patterns.to(logits.dtype).T @ shares).T.view(*logits.shape[:-1], -1)
 
 
 def patterns_of(kept: int, of: int) -> Tensor:
@@ -433,7 +437,8 @@ class MaskedAdamW(Optimizer):
         mask, update, squared = self._masks.get(weight), mean, weight.grad
         if mask is not None:
             done = (state["step"] - 1) / group["anneal"] if group["anneal"] else 1.0
-            update = squared = torch.where(mask, mean, mean + group["mask_decay"] * min(1.0, done) * weight)
+            pull = group["mask_decay"] * min(1.0, done)
+            update = squared = torch.addcmul(mean, weight, (~mask).to(weight.dtype), value=pull) if pull else mean
         square.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
         scale = square.sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
         weight.addcdiv_(update, scale, value=-group["lr"] / (1 - beta1 ** state["step"]))

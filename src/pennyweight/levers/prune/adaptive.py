@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.optim.optimizer import ParamsT
 from pennyweight.errors import OptionError
 from pennyweight.evaluate.forward import first_tensor, run
 from pennyweight.lever import ANY, at_least, between, lever, one_of, option
+from pennyweight.levers.prune.sparsegpt import SparseGPT
 from pennyweight.model import anatomy
 from pennyweight.model.model import Model
 from pennyweight.solvers.end_to_end import Group, train
@@ -36,6 +38,7 @@ from pennyweight.weights import Kronecker, Sum, Weight
 from pennyweight.work import Work
 
 _NAME = "prune.ast"
+_ROWS = 32  # of logits at once
 
 
 @lever(
@@ -58,6 +61,7 @@ class AST:
     rate: float = option(2e-4, at_least(0), "learning rate at its peak")
     warmup: float = option(0.05, between(0, 1), "share of the steps in which the rate rises")
     weight_decay: float = option(0.1, at_least(0), "of all matrices")
+    prior: str = option("none", one_of("none", "sparsegpt"), "lever whose weights it starts from; none: the model's")
     score: str = option("magnitude", one_of("magnitude", "wanda"), "what masks are chosen by")
     every: int = option(10, at_least(0), "steps between two choices of the masks; 0: they stay")
     decay: float = option(1e-4, at_least(0), "of pruned weights, in units of the gradient, once it has risen")
@@ -93,10 +97,15 @@ class AST:
         self._check_groups(work)
         windows = work.text(self.windows) if self.steps else None
         loss = self._loss(module) if self.steps else None
-        norms = None
-        if self.score == "wanda":
-            norms = input_norms(work.statistics({"second_moment"}), work.maps, _NAME)
+        needs = {"second_moment"} if self.prior == "sparsegpt" or self.score == "wanda" else set()
+        known = work.statistics(needs) if needs else {}
+        norms = input_norms(known, work.maps, _NAME) if self.score == "wanda" else None
         denses = students(model, work.maps, self.pattern, _NAME)
+        if self.prior == "sparsegpt":
+            for found in work.maps:
+                dense = denses[found.path]
+                pruned = SparseGPT(pattern=self.pattern, dtype="float32").solve(dense, known[found.name])
+                dense.matrix.data.copy_(pruned.dense())
         rule: Rule = "through" if self.decay_in == "moment" else "sr-ste"
         masks = Masks(denses.values(), rule, decay=self.decay, names=list(denses), where=_NAME)
         moving = Adaptive(masks, self.pattern, every=self.every, norms=norms)
@@ -176,6 +185,31 @@ class AST:
 
 
 def softened(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean divergence in nats of ``student`` from ``teacher``, both flattened by ``temperature``, times its square."""
-    found, wanted = ((one / temperature).flatten(0, -2).log_softmax(-1) for one in (student, teacher))
-    return functional.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+    """Mean divergence in nats of ``student`` from ``teacher``, both flattened by ``temperature``, times its square.
+
+    Logits (..., V) both; gradients reach the student's.
+    """
+    found: Tensor = _Softened.apply(student.flatten(0, -2), teacher.flatten(0, -2), temperature)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Softened(torch.autograd.Function):
+    """Some rows at a time: what a vocabulary takes stays in the cache, and nothing but one gradient is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        rows, slope, total = len(student), torch.empty_like(student), student.new_zeros(())
+        for start in range(0, rows, _ROWS):
+            part = slice(start, start + _ROWS)
+            found, wanted = ((one[part] / temperature).log_softmax(-1) for one in (student, teacher))
+            shares = wanted.exp()
+            total += (shares * wanted.sub_(found)).sum()
+            torch.sub(found.exp_(), shares, out=slope[part])
+        ctx.save_for_backward(slope)
+        ctx.factor = temperature / rows
+        return total * (temperature**2 / rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * (ctx.factor * grad), None, None

@@ -62,8 +62,9 @@ class PatternOdds(nn.Module):
         super().__init__()
         self.register_buffer("patterns", patterns_of(*pattern).float(), persistent=False)
         groups = shape[1] // pattern[1]
-        first = spread * torch.randn(shape[0], groups, len(self.patterns), generator=generator)
-        self.logits = nn.Parameter(first)
+        # patterns outermost in memory, as draws are computed
+        first = spread * torch.randn(len(self.patterns), shape[0], groups, generator=generator)
+        self.logits = nn.Parameter(first.movedim(0, -1))
         self.scale, self.temperature = 1.0, 1.0
         self._generator = generator
         self.norm = torch.zeros(())
@@ -79,7 +80,7 @@ class PatternOdds(nn.Module):
             self.logits, self.patterns, scale=self.scale, temperature=self.temperature, generator=self._generator
         ).flatten(1)
         found = weight * mask
-        self.norm = found.square().sum()
+        self.norm = found.flatten().dot(found.flatten())
         return found
 
     def likeliest(self) -> Tensor:
