@@ -1,19 +1,22 @@
-"""Half of SmolLM2's weights gone, by levers that prune at once, with bytes counted; an encoder beside it (oBERT).
+"""Half of SmolLM2's weights gone, at once or with a little training, with bytes counted; an encoder beside it (oBERT).
 
     python -P benchmarks/sparsity.py [--methods NAME ...] [--windows 16] [--results FILE.jsonl]
+    python -P benchmarks/sparsity.py --choose --methods ast-24 --set rate=3e-4 --set steps=8
 
 All linear maps inside blocks are pruned, embedding and head are left. Every method calibrates on the same windows of
-one part of the text and is judged on the same windows of another; ratios of perplexities are paired by window. What a
-method stores is counted to the byte. Finished methods are read back from the results file, so that a run may be cut
-short and gone on with.
+one part of the text and is judged on the same windows of another; ratios of perplexities are paired by window. Those
+that train see the same tokens of the first part, as many steps of as many windows; their rates were chosen (--choose)
+on windows of that part that none trains on. What a method stores is counted to the byte. Finished methods are read
+back from the results file, so that a run may be cut short and gone on with.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +46,58 @@ class Method:
     model: str = "smollm2-135m"
 
 
+#: Of all that train: 24,576 tokens, each seen once.
+_TRAINED: dict[str, Any] = {"steps": 24, "batch": 8, "windows": 192}
 METHODS = {
     "magnitude-50": Method("magnitude", "50 %", "prune.magnitude", {"sparsity": 0.5}),
     "wanda-50": Method("Wanda", "50 %", "prune.wanda", {"sparsity": 0.5}),
     "sparsegpt-50": Method("SparseGPT", "50 %", "prune.sparsegpt", {"sparsity": 0.5}),
+    "sparsegpt-47.75": Method("SparseGPT, at ARMOR's bytes", "47.75 %", "prune.sparsegpt", {"sparsity": 0.4775}),
     "magnitude-24": Method("magnitude", "2:4", "prune.magnitude", {"pattern": "2:4"}),
     "wanda-24": Method("Wanda", "2:4", "prune.wanda", {"pattern": "2:4"}),
     "sparsegpt-24": Method("SparseGPT", "2:4", "prune.sparsegpt", {"pattern": "2:4"}),
+    "trained-24": Method(
+        "SparseGPT, what it keeps trained",
+        "2:4",
+        "prune.ast",
+        {**_TRAINED, "rate": 3e-4, "prior": "sparsegpt", "every": 0, "decay": 0.0},
+    ),
+    "ast-24": Method("AST", "2:4", "prune.ast", {**_TRAINED, "rate": 3e-4, "every": 4, "score": "wanda"}),
+    "ast-sparsegpt-24": Method(
+        "AST from SparseGPT", "2:4", "prune.ast", {**_TRAINED, "rate": 3e-4, "every": 4, "prior": "sparsegpt"}
+    ),
+    "ast-slorb-24": Method(
+        "AST, boosted (SLoRB)",
+        "2:4 + 1/16",
+        "prune.ast",
+        {**_TRAINED, "rate": 3e-4, "every": 4, "score": "wanda", "group": 16},
+    ),
+    "mask-24": Method("SparseGPT's masks, weights as they were", "2:4", "prune.maskllm", {"steps": 0}),
+    "maskllm-24": Method("MaskLLM from SparseGPT's masks", "2:4", "prune.maskllm", {**_TRAINED, "rate": 5e-3}),
     "nowag-24": Method("NoWag, with its two sides", "2:4 + 7 %", "prune.armor", {"iterations": 0}),
-    "armor-24": Method("ARMOR, 20 iterations", "2:4 + 7 %", "prune.armor", {"iterations": 20}),
+    "armor-24": Method("ARMOR, 100 iterations", "2:4 + 7 %", "prune.armor", {"iterations": 100}),
     "minilm-magnitude": Method("magnitude", "50 %", "prune.magnitude", {"sparsity": 0.5}, "minilm-l6"),
     "minilm-wanda": Method("Wanda", "50 %", "prune.wanda", {"sparsity": 0.5}, "minilm-l6"),
     "minilm-sparsegpt": Method("SparseGPT", "50 %", "prune.sparsegpt", {"sparsity": 0.5}, "minilm-l6"),
     "minilm-obert": Method("oBERT", "50 %, over all layers", "prune.obert", {"sparsity": 0.5}, "minilm-l6"),
+    "minilm-magnitude-24": Method("magnitude", "2:4", "prune.magnitude", {"pattern": "2:4"}, "minilm-l6"),
     "minilm-wanda-24": Method("Wanda", "2:4", "prune.wanda", {"pattern": "2:4"}, "minilm-l6"),
     "minilm-sparsegpt-24": Method("SparseGPT", "2:4", "prune.sparsegpt", {"pattern": "2:4"}, "minilm-l6"),
     "minilm-obert-24": Method("oBERT", "2:4", "prune.obert", {"pattern": "2:4"}, "minilm-l6"),
 }
-_LENGTH, _SEEN = 128, 64
+_LENGTH, _SEEN, _MOST = 128, 64, 2800
 
 
 class Bench:
     """One model, its text, and what the original scores."""
 
-    def __init__(self, asset: AssetModel, windows: int) -> None:
+    def __init__(self, asset: AssetModel, windows: int, *, choose: bool = False) -> None:
         self.asset = asset
-        self.seen = asset.windows("wiki", part="calibration", length=_LENGTH, count=_SEEN)
-        self.fresh = asset.windows("wiki", part="heldout", length=2 * _LENGTH, count=windows, seed=1)
+        self.seen = self._draw(_SEEN)
+        if choose:  # the last of one order, where training takes the first
+            self.fresh = self._draw(_MOST)[-2 * windows :]
+        else:
+            self.fresh = asset.windows("wiki", part="heldout", length=2 * _LENGTH, count=windows, seed=1)
         self.statistics: Any = None
         self.before = self._scores(asset.model)
 
@@ -92,7 +120,7 @@ class Bench:
                 weight = Dense(anatomy.matrix(model.module, one).float())
                 anatomy.replace(model.module, one.path, lever.solve(weight, self.statistics[one.name]))
         else:
-            lever.change(model, Work(model=model, windows=self.seen, maps=maps, draw=self._draw))
+            lever.change(model, Work(model=model, windows=self.seen, maps=maps, draw=self._draw, report=_report))
         seconds = time.perf_counter() - began
         after = self._scores(model)
         effect = (
@@ -105,6 +133,11 @@ class Bench:
 
     def _draw(self, count: int) -> Tensor:
         return self.asset.windows("wiki", part="calibration", length=_LENGTH, count=count)
+
+
+def _report(stage: str, done: int, total: int) -> None:
+    if stage == "training":
+        print(f"  {stage} {done} of {total}", file=sys.stderr, flush=True)
 
 
 def _layers(model: Model, maps: tuple[Map, ...]) -> list[Any]:
@@ -151,7 +184,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--windows", type=int, default=16, help="held-out windows of 256 tokens")
     parser.add_argument("--results", type=Path, help="JSON lines of finished methods; read first, and added to")
+    parser.add_argument("--choose", action="store_true", help="judge on calibration text that no method trains on")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="OPTION=VALUE", help="of the levers")
     asked = parser.parse_args()
+    if asked.set and asked.results:
+        parser.error("--set is for trying settings; leave out --results, which holds those of the table")
+    changed = {name: json.loads(value) for name, value in (one.split("=", 1) for one in asked.set)}
     found: dict[str, dict[str, Any]] = {}
     if asked.results and asked.results.exists():
         found = {one["method"]: one for one in map(json.loads, asked.results.read_text().splitlines())}
@@ -159,9 +197,9 @@ def main() -> None:
     for key in asked.methods:
         if key in found:
             continue
-        method = METHODS[key]
+        method = replace(METHODS[key], options={**METHODS[key].options, **changed})
         if method.model not in benches:
-            benches[method.model] = Bench(assets.load(method.model), asked.windows)
+            benches[method.model] = Bench(assets.load(method.model), asked.windows, choose=asked.choose)
         found[key] = {"method": key, **benches[method.model].run(method)}
         one = found[key]
         print(f"{key:<22} {one['value']:.4f} [{one['low']:.4f}, {one['high']:.4f}] {one['bytes']:,} B "
