@@ -8,12 +8,14 @@ import pickle
 import families
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers import DynamicCache
 
 from pennyweight import native
 from pennyweight.errors import OptionError
 from pennyweight.model import anatomy, load, save
-from pennyweight.serve import fused
+from pennyweight.serve import fused, prompt
 from pennyweight.weights import Dense, LowRank, Product, Quantized, Sum
 from pennyweight.weights.entropy import EntropyCoded
 from pennyweight.weights.structured import BlockDiagonal
@@ -112,6 +114,78 @@ def test_prompts_multiply_in_bfloat16_where_asked():
         torch.testing.assert_close(module(IDS).logits[0, -1], exact[0], rtol=1e-5, atol=1e-6)
     fused.fuse(module, prompt=torch.float32)
     assert torch.equal(generated(module)[1][0], exact[0])
+
+
+def wide(kind: str) -> nn.Module:
+    """A model whose heads are as the attention of prompts has them: of whole 16 numbers."""
+    sizes = {
+        "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 80, "vocab_size": 64, "max_position_embeddings": 512, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    module = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes))
+    with torch.no_grad():  # norms and biases begin as ones and zeros, which hides mistakes
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    return module.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("form", ["dense", "quantized 4", "coded", "sum"])
+def test_prompts_are_read_as_the_plain_way_reads_them(kind, form):
+    module = wide(kind)
+    if form != "dense":
+        for one in anatomy.of(module).maps():
+            if one.block is not None:
+                anatomy.replace(module, one.path, FORMS[form](module.get_submodule(one.path).weight))
+    for count in (5, 64, 131):
+        ids = torch.randint(1, 64, (1, count), generator=torch.Generator().manual_seed(count))
+        fused.unfuse(module)
+        plain, found = DynamicCache(), DynamicCache()
+        with torch.no_grad():
+            wanted = module(ids, past_key_values=plain).logits
+            fused.fuse(module, prompt=torch.bfloat16)
+            logits = module(ids, past_key_values=found).logits
+        assert fused.reads_prompts(module)
+        assert float((logits - wanted).norm() / wanted.norm()) < 0.02
+        for one, other in zip(found.layers, plain.layers, strict=True):
+            assert one.keys.dtype == other.keys.dtype
+            assert float((one.keys - other.keys).norm() / other.keys.norm()) < 0.02
+            assert float((one.values - other.values).norm() / other.values.norm()) < 0.02
+
+
+@pytest.mark.parametrize("positions", [1, 6, 63, 64, 65, 200])
+@pytest.mark.parametrize("size", [16, 64, 80])
+def test_attention_of_prompts_is_that_of_torch(positions, size):
+    g = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(heads, positions, size, generator=g) for heads in (6, 2, 2))
+    wanted = nn.functional.scaled_dot_product_attention(
+        queries[None].double(), keys[None].double(), values[None].double(), is_causal=True, scale=0.3, enable_gqa=True
+    )[0].transpose(0, 1).reshape(positions, -1)  # fmt: skip
+    found = prompt._attended(queries, keys, values, 0.3)
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-6)
+
+
+def test_prompts_that_go_on_or_are_looked_at_are_read_the_plain_way():
+    module = wide("llama")
+    ids = torch.randint(1, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    fused.fuse(module, prompt=torch.bfloat16)
+    with torch.no_grad():
+        whole = module(ids, past_key_values=DynamicCache()).logits[0, -1]
+        cache = DynamicCache()
+        module(ids[:, :8], past_key_values=cache)
+        rest = module(ids[:, 8:], past_key_values=cache).logits[0, -1]
+        assert float((rest - whole).norm() / whole.norm()) < 0.02
+        seen = []
+        handle = module.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+        module(ids, past_key_values=DynamicCache())
+        handle.remove()
+        assert seen
+        module.model.layers[0].mlp.down_proj.weight.mul_(3)
+        other = module(ids, past_key_values=DynamicCache()).logits[0, -1]
+    assert float((other - whole).norm() / whole.norm()) > 0.05
 
 
 def test_the_cache_may_be_copied_cropped_and_gone_on_with():

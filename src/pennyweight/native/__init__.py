@@ -24,7 +24,7 @@ _PRODUCTS = (
     "-fopenmp", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
     "-ffp-contract=fast", "-Wno-unused-function",
 )  # fmt: skip
-_FLAGS = {"matvec": _PRODUCTS, "decode": _PRODUCTS}
+_FLAGS = {"matvec": _PRODUCTS, "decode": _PRODUCTS, "attend": _PRODUCTS}
 
 
 @cache

@@ -4,7 +4,6 @@
  * is short (norms, the residual stream) every thread computes for itself, which costs less than meeting once more.
  */
 #include "products.h"
-#include <math.h>
 #include <omp.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -69,24 +68,6 @@ static void meet(const Thread *me)
         __builtin_ia32_pause();
 #endif
     }
-}
-
-/* Within 2e-7 of exp, and a loop of it fits the vector units. */
-static inline float exponential(float x)
-{
-    x = x < -87 ? -87 : x > 88 ? 88 : x;
-    const float whole = rintf(x * 1.44269504f);
-    float r = x - whole * 0.693359375f;
-    r += whole * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1;
-    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
-    return p * power.value;
 }
 
 static void normalized(const float *x, const float *weight, float epsilon, int n, float *y)

@@ -29,13 +29,14 @@ int matvec(const Matrix *a, const float *x, float *y, int threads)
     return failed;
 }
 
-static void expanded_row(const Matrix *a, int i, uint8_t *codes, uint16_t *y)
+/* Row i of W into x, with `codes` to unpack into. */
+static void expanded_row(const Matrix *a, int i, uint8_t *codes, float *x)
 {
     const int n = a->n;
     if (a->kind == WHOLE) {
         const int8_t *w = (const int8_t *)a->codes + i * a->stride;
         for (int j = 0; j < n; j++)
-            y[j] = to_brain(a->row[i] * (a->column[j] * w[j]));
+            x[j] = a->row[i] * (a->column[j] * w[j]);
         return;
     }
     const uint8_t *w = (const uint8_t *)a->codes + i * a->stride;
@@ -47,32 +48,43 @@ static void expanded_row(const Matrix *a, int i, uint8_t *codes, uint16_t *y)
         const int end = (g + 1) * a->group < n ? (g + 1) * a->group : n;
         const float scale = a->scale[(int64_t)i * a->groups + g], offset = a->offset[(int64_t)i * a->groups + g];
         for (int j = g * a->group; j < end; j++)
-            y[j] = to_brain(scale * w[j] + offset);
+            x[j] = scale * w[j] + offset;
     }
 }
 
-/* y (M, N) = W of a form with codes, in bfloat16. Returns 0, or 1 when memory ran out. */
-int expand(const Matrix *a, uint16_t *y, int threads)
+/* y (all rows, N) = the matrices of forms with codes, one below the other, in bfloat16. Returns 0, or 1 when memory ran
+ * out. */
+int expand(const Matrix *const *all, int count, uint16_t *y, int threads)
 {
+    const int n = all[0]->n;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        uint8_t *codes = malloc((size_t)a->n + 8);
-        if (!codes) {
+        float *x = malloc((size_t)n * (sizeof *x + 1) + 8);
+        if (!x) {
 #pragma omp atomic write
             failed = 1;
         } else {
-#pragma omp for schedule(static)
-            for (int i = 0; i < a->m; i++)
-                expanded_row(a, i, codes, y + (int64_t)i * a->n);
+            uint16_t *into = y;
+            for (int k = 0; k < count; into += (int64_t)all[k++]->m * n) {
+#pragma omp for schedule(static) nowait
+                for (int i = 0; i < all[k]->m; i++) {
+                    expanded_row(all[k], i, (uint8_t *)(x + n), x);
+                    to_brains(x, n, into + (int64_t)i * n);
+                }
+            }
         }
-        free(codes);
+        free(x);
     }
-    if (a->kind == WHOLE)
+    for (int k = 0; k < count; y += (int64_t)all[k++]->m * n) {
+        const Matrix *a = all[k];
+        if (a->kind != WHOLE)
+            continue;
         for (int64_t f = 0; f < a->count; f++) {
             const int64_t i = a->far[2 * f], j = a->far[2 * f + 1];
             const int code = ((const int8_t *)a->codes)[i * a->stride + j] + a->beyond[f];
-            y[i * a->n + j] = to_brain(a->row[i] * (a->column[j] * code));
+            y[i * n + j] = to_brain(a->row[i] * (a->column[j] * code));
         }
+    }
     return failed;
 }

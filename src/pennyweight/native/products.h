@@ -3,6 +3,7 @@
  * Products and sums are in float32; a sum's order differs from a matrix product's, so results differ by rounding.
  */
 #pragma once
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -278,6 +279,38 @@ static uint16_t to_brain(float value)
 {
     union { float value; uint32_t bits; } u = {value};
     return (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16;
+}
+
+/* n numbers, rounded to bfloat16. */
+static void to_brains(const float *x, int n, uint16_t *y)
+{
+    int j = 0;
+#ifdef __AVX512BF16__
+    for (; j + 32 <= n; j += 32) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + j + 16), _mm512_loadu_ps(x + j));
+        memcpy(y + j, &both, sizeof both);
+    }
+#endif
+    for (; j < n; j++)
+        y[j] = to_brain(x[j]);
+}
+
+/* Within 2e-7 of exp, and a loop of it fits the vector units. */
+static inline float exponential(float x)
+{
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    const float whole = rintf(x * 1.44269504f);
+    float r = x - whole * 0.693359375f;
+    r += whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
+    return p * power.value;
 }
 
 static float dot_bf16(const uint16_t *w, const float *x, int n)

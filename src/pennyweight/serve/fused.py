@@ -3,9 +3,10 @@
 `fuse` gives a Llama-shaped model (rotary positions, grouped queries, gated feed-forward net) a second way to compute
 one token: where ``transformers`` calls it with one token, a cache and nothing to differentiate, a compiled routine runs
 all layers, straight from the codes. A prompt that is read into a cache multiplies in bfloat16 where the processor has
-it. Everything else (several sequences, padding, training, hooks, attention weights asked for, a forward pass without a
-cache to fill) is computed as before, and so is everything on a machine without a C compiler. The cache stays an
-ordinary ``DynamicCache`` whose tensors lie in memory of our own, so that plain ``generate`` works, crops and copies it.
+it, and goes through `pennyweight.serve.prompt` where it is one sequence from its beginning. Everything else (several
+sequences, padding, training, hooks, attention weights asked for, a forward pass without a cache to fill) is computed as
+before, and so is everything on a machine without a C compiler. The cache stays an ordinary ``DynamicCache`` whose
+tensors lie in memory of our own, so that plain ``generate`` works, crops and copies it.
 
 The first token after the weights have changed is computed both ways; if they disagree, the model keeps the plain way.
 Decoded tokens differ by the order of sums in float32; a bfloat16 model keeps more digits than it does by itself.
@@ -22,6 +23,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,12 +34,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from pennyweight import native
 from pennyweight.errors import ModelError, OptionError
 from pennyweight.evaluate.forward import native_dtype
+from pennyweight.serve.prompt import Reader
 from pennyweight.weights import CompactLinear, LowRank, Product, Sum, Weight, one_row
 from pennyweight.weights.one_row import Matrix, Prepared
 
 _KINDS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 _MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LEAST_ROOM = 256
+_VERSION = attrgetter("_version")
+_TRIED = 16  # tokens of the first prompt that are read both ways
 #: A factor of a map, and where it reads and writes.
 _Step = tuple[Prepared, int, int]
 
@@ -106,6 +111,13 @@ def fused(module: nn.Module) -> bool:
     return state is not None and state.agrees
 
 
+def reads_prompts(module: nn.Module) -> bool:
+    """Whether the last prompt of ``module`` could be read the short way."""
+    base = _base_of(module)
+    state = None if base is None else _STATES.get(base)
+    return state is not None and state.reader is not None and state.reads
+
+
 def _base_of(module: nn.Module) -> nn.Module | None:
     return next((part for part in (module, getattr(module, "model", None)) if type(part).__name__ in _KINDS), None)
 
@@ -122,8 +134,10 @@ def _fused_class(plain: type[nn.Module]) -> type[nn.Module]:
         use_cache: bool | None = None,
         **options: Any,
     ) -> Any:
-        if _one_token(self, input_ids, attention_mask, past_key_values, inputs_embeds, options):
-            found = _decoded(self, input_ids, position_ids, past_key_values)
+        if _ours(self, input_ids, attention_mask, past_key_values, inputs_embeds, options):
+            assert input_ids is not None
+            compute = _decoded if input_ids.shape[1] == 1 else _prompted
+            found = compute(self, input_ids, position_ids, past_key_values)
             if found is not None:
                 return BaseModelOutputWithPast(last_hidden_state=found, past_key_values=past_key_values)
         lower = _reads_prompt(self, input_ids, past_key_values)
@@ -151,7 +165,7 @@ def _empty(cls: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _one_token(
+def _ours(
     module: Any,
     ids: Tensor | None,
     mask: Tensor | None,
@@ -159,16 +173,16 @@ def _one_token(
     embeds: Tensor | None,
     options: dict[str, Any],
 ) -> bool:
-    """Whether this call is what the routine computes."""
+    """Whether this call puts tokens of one sequence into a cache, asks for nothing else, and nobody looks on."""
     config = module.config
     return (
         embeds is None
         and ids is not None
-        and ids.shape == (1, 1)
+        and ids.ndim == 2
+        and len(ids) == 1
         and ids.device.type == "cpu"
         and type(cache) is DynamicCache
-        and len(cache.layers) == len(module.layers)
-        and all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
         and (mask is None or (mask.ndim == 2 and len(mask) == 1 and bool(mask.all())))
         and not torch.is_grad_enabled()
         and not module.training
@@ -198,6 +212,41 @@ def _reads_prompt(module: Any, ids: Tensor | None, cache: Cache | None) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """What a module is made of at one time. To look whether it still is takes a third of the time of walking it.
+
+    Attributes:
+        held: the tables of children, parameters and buffers of every module in it that has any, and what was in them.
+        tensors: all parameters and buffers.
+        counted: those of them that count their versions.
+        addresses, versions: of ``tensors`` and of ``counted``.
+    """
+
+    held: tuple[tuple[dict[str, Any], list[int]], ...]
+    tensors: tuple[Tensor, ...]
+    counted: tuple[Tensor, ...]
+    addresses: list[int]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Mark:
+        tables = [held for part in module.modules() for held in (part._modules, part._parameters, part._buffers)]
+        tensors = (*module.parameters(), *module.buffers())
+        counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
+        # ids, not the tensors: comparing these would compare their numbers
+        held = tuple((table, list(map(id, table.values()))) for table in tables if table)
+        return cls(held, tensors, counted, list(map(Tensor.data_ptr, tensors)), list(map(_VERSION, counted)))
+
+    def stands(self) -> bool:
+        """Whether nothing was exchanged, trained, moved or overwritten since."""
+        return (
+            all(list(map(id, table.values())) == ids for table, ids in self.held)
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and list(map(_VERSION, self.counted)) == self.versions
+        )
+
+
 @dataclass
 class _State:
     """A model as the routine reads it, and the cache it writes to.
@@ -206,13 +255,14 @@ class _State:
         mark: of its tensors and modules when it was read.
         network: the C structure; what it points to is in ``held``.
         modules: those whose hooks would be passed over.
-        agrees: whether its first token was that of the plain way.
+        agrees: whether its first token was that of the plain way; known once it is ``checked``.
+        reads: the same of the first tokens of a prompt; known once there is a ``reader``.
         keys, values: (L, 1, G, C, S), the room of the cache.
         owner: the first layer of the cache that was written to last.
         count: P.
     """
 
-    mark: tuple[Any, ...]
+    mark: _Mark
     network: _Network
     layers: Any
     held: list[Any]
@@ -221,6 +271,8 @@ class _State:
     groups: int
     agrees: bool = True
     checked: bool = False
+    reads: bool = True
+    reader: Reader | None = None
     keys: Tensor = field(default_factory=lambda: torch.empty(0))
     values: Tensor = field(default_factory=lambda: torch.empty(0))
     owner: weakref.ref[DynamicLayer] | None = None
@@ -232,17 +284,17 @@ _STATES: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionar
 _PROMPTS: weakref.WeakKeyDictionary[nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
 
 
-def _decoded(module: Any, ids: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor | None:
+def _decoded(module: Any, ids: Tensor, positions: Tensor | None, cache: Any) -> Tensor | None:
     """The normalized hidden state (1, 1, W) of one more token, whose keys and values ``cache`` then holds; or None."""
     count = int(cache.get_seq_length())
-    if count < 1 or (positions is not None and int(positions) != count):
+    if count < 1 or (positions is not None and int(positions) != count) or len(cache.layers) != len(module.layers):
         return None
     state = _STATES.get(module)
     if state is None or not state.agrees or not _continues(state, cache, count):
         state = _prepared(module, state)
         if not state.agrees or not _adopted(module, state, cache, count):
             return None
-    if any(part._forward_hooks or part._forward_pre_hooks for part in state.modules):
+    if _hooked(state):
         return None
     if count == state.keys.shape[3]:
         _moved(module, state, 2 * count)
@@ -255,12 +307,35 @@ def _decoded(module: Any, ids: Tensor | None, positions: Tensor | None, cache: A
         raise MemoryError(f"no memory to decode after {count} tokens")
     found: Tensor = x.to(embedded.dtype).view(1, 1, -1)
     if not state.checked:
-        state.checked, state.agrees = True, _agree(module, ids, cache, found)
+        allowed = 5e-2 if found.dtype == torch.bfloat16 else 1e-3
+        state.checked, state.agrees = True, _agree(module, ids, cache, found, allowed)
         if not state.agrees:
             return None
     state.count = count + 1
     _show(state, cache)
     return found
+
+
+def _prompted(module: Any, ids: Tensor, positions: Tensor | None, cache: Any) -> Tensor | None:
+    """The normalized hidden states (1, P, W) of a prompt, whose keys and values ``cache`` then holds; or None."""
+    if ids.shape[1] <= one_row.ROWS or _PROMPTS.get(module) != torch.bfloat16 or cache.get_seq_length():
+        return None
+    if positions is not None and not torch.equal(positions, torch.arange(ids.shape[1])[None]):
+        return None
+    state = _prepared(module, _STATES.get(module))
+    if not state.agrees or not state.reads or _hooked(state):
+        return None
+    if state.reader is None:
+        few = ids[:, :_TRIED]
+        state.reader = Reader(module)
+        state.reads = _agree(module, few, DynamicCache(), state.reader.read(module, few, DynamicCache()), 5e-2)
+        if not state.reads:
+            return None
+    return state.reader.read(module, ids, cache)
+
+
+def _hooked(state: _State) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in state.modules)
 
 
 def _continues(state: _State, cache: Any, count: int) -> bool:
@@ -313,27 +388,22 @@ def _moved(module: Any, state: _State, room: int) -> None:
     state.network.cosine, state.network.sine, state.network.context = cosine.data_ptr(), sine.data_ptr(), room
 
 
-def _agree(module: Any, ids: Tensor | None, cache: Any, found: Tensor) -> bool:
-    """Whether the plain way finds the same hidden state."""
+def _agree(module: Any, ids: Tensor, cache: Any, found: Tensor, allowed: float) -> bool:
+    """Whether the plain way finds the same hidden states, but for a share of their length."""
     plain = type(module).unfused.forward(module, input_ids=ids, past_key_values=deepcopy(cache), use_cache=True)
     wanted = plain.last_hidden_state.float()
-    allowed = 5e-2 if found.dtype == torch.bfloat16 else 1e-3
     off = float((found.float() - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not off <= allowed:
-        warnings.warn(
-            f"{type(module).__name__}: the compiled decoder is off by {off:.1e} here and is not used", stacklevel=2
-        )
+        warnings.warn(f"{type(module).__name__}: its short way is off by {off:.1e} here and is not used", stacklevel=2)
         return False
     return True
 
 
 def _prepared(module: Any, known: _State | None) -> _State:
     """The model as it is now; what was made before is kept where nothing has changed."""
-    modules = tuple(module.modules())
-    tensors = (*module.parameters(), *module.buffers())
-    mark = (tuple(map(id, modules)), one_row.mark_of(tensors))
-    if known is not None and known.mark == mark:
+    if known is not None and known.mark.stands():
         return known
+    modules, mark = tuple(module.modules()), _Mark.of(module)
     try:
         state = _read(module, modules, mark)
     except (ModelError, AttributeError):  # other parts than those of the kind
@@ -342,7 +412,7 @@ def _prepared(module: Any, known: _State | None) -> _State:
     return state
 
 
-def _read(module: Any, modules: tuple[nn.Module, ...], mark: tuple[Any, ...]) -> _State:
+def _read(module: Any, modules: tuple[nn.Module, ...], mark: _Mark) -> _State:
     """Raises ModelError for parts that are not of the kind."""
     blocks = list(module.layers)
     layers = (_Layer * len(blocks))()

@@ -11,7 +11,7 @@ R rows, G groups; ... any leading dimensions.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -164,12 +164,24 @@ def expanded(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], 
         prepare: as in `multiply`.
         x: any number of rows.
     """
-    library, matrix = native.library("matvec"), _known(weight, tensors, prepare).matrix
-    assert library is not None
     made = torch.empty(weight.shape, dtype=torch.bfloat16)
-    if library.expand(ctypes.byref(matrix), ctypes.c_void_p(made.data_ptr()), torch.get_num_threads()):
-        raise MemoryError(f"no memory for one row of {matrix.n} codes")
+    expand([_known(weight, tensors, prepare)], made)
     return torch.nn.functional.linear(x.to(torch.bfloat16), made)
+
+
+def expand(matrices: Sequence[Prepared], into: Tensor) -> None:
+    """Write matrices of codes, one below the other.
+
+    Args:
+        matrices: of as many columns each, and of a kind with codes.
+        into: (all rows, N) contiguous bfloat16.
+    """
+    library = native.library("matvec")
+    assert library is not None
+    assert all(one.matrix.kind in (WHOLE, PACKED) for one in matrices)
+    pointers = (ctypes.POINTER(Matrix) * len(matrices))(*(ctypes.pointer(one.matrix) for one in matrices))
+    if library.expand(pointers, len(matrices), ctypes.c_void_p(into.data_ptr()), torch.get_num_threads()):
+        raise MemoryError(f"no memory for one row of {into.shape[1]} codes")
 
 
 def _known(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], Prepared]) -> Prepared:
