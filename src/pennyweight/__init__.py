@@ -41,7 +41,10 @@ VERBS = {
     "study": ("pennyweight.study", "study"),
     "verify": ("pennyweight.verify", "verify"),
 }
-_ROOMS = ("claims", "data", "errors", "evaluate", "laws", "model", "weights")
+_ROOMS = (
+    "adapt", "arch", "claims", "data", "distil", "errors", "eval", "evaluate", "laws", "model", "retrieval", "select",
+    "train", "weights",
+)  # fmt: skip
 
 __all__ = [*VERBS, *_ROOMS]
 

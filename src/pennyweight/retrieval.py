@@ -149,6 +149,33 @@ def contaminated(passage: str, answer: str, *, longest: int = 32, jaccard: float
     return union > 0 and len(grams & others) / union > jaccard
 
 
+class CacheModel:
+    """The plainest language model that retrieval helps: word frequencies, mixed with the words of what was read.
+
+    Args:
+        documents: whose words it counts.
+        weight: of the words read.
+    """
+
+    def __init__(self, documents: Sequence[str], weight: float = 0.3) -> None:
+        self.counts = Counter(word for text in documents for word in words(text))
+        self.total, self.weight = sum(self.counts.values()), weight
+
+    def loss(self, passages: Sequence[str], query: str, answer: str) -> float:
+        """Nats a word of the answer after the passages and the query; words that nowhere occurred share one count."""
+        here = Counter(word for text in [*passages, query] for word in words(text))
+        size = max(sum(here.values()), 1)
+        found = [
+            -math.log((1 - self.weight) * (self.counts[word] or 1) / (self.total + 1) + self.weight * here[word] / size)
+            for word in words(answer)
+        ]
+        return sum(found) / len(found) if found else 0.0
+
+
+#: Passages of the datastore that are asked for when no queries are given.
+_ASKED = 200
+
+
 class CurvePoint(NamedTuple):
     """The mean loss with a datastore of share ``p``.
 
@@ -176,8 +203,8 @@ def scaling_curve(
     K: int = 1000,
     k: int = 3,
     *,
-    queries: Sequence[tuple[str, str]],
-    loss: Callable[[Sequence[str], str, str], float],
+    queries: Sequence[tuple[str, str]] | None = None,
+    loss: Callable[[Sequence[str], str, str], float] | None = None,
 ) -> list[CurvePoint]:
     """The loss of a language model on answers as the datastore grows, from one retrieval a query.
 
@@ -187,13 +214,18 @@ def scaling_curve(
         seeds: how many subsamples, or their seeds.
         K: retrieved once.
         k: passages given to the model, best last (nearest to the query).
-        queries: (query, answer): the query is searched for and not scored.
-        loss: of passages, query and answer: nats a token of the answer.
+        queries: (query, answer): the query is searched for and not scored. None asks 200 of the passages for their own
+            second half by their first, each left out of what it may find.
+        loss: of passages, query and answer: nats a token of the answer; None for `CacheModel` of the passages.
 
     Raises:
         DataError: a share at which too few of K would survive.
     """
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    own: Sequence[int | None] = [None] * len(queries or ())
+    if queries is None:
+        queries, own = _halves(ds)
+    loss = loss or CacheModel(ds.passages).loss
     if not queries or not chosen or k < 1:
         raise DataError(f"scaling_curve: {len(queries)} queries, {len(chosen)} seeds, k = {k}; give at least 1 of each")
     reach = min(K, len(ds.passages))
@@ -203,8 +235,8 @@ def scaling_curve(
         if 0 < p < 1 and reach < len(ds.passages):  # with every passage retrieved nothing can be missed
             check(reach, p, k)
     ranked = [
-        [at for at, _ in ds.search(query, reach) if not contaminated(ds.passages[at], answer)]
-        for query, answer in queries
+        [at for at, _ in ds.search(query, reach) if at != asked and not contaminated(ds.passages[at], answer)]
+        for (query, answer), asked in zip(queries, own, strict=True)
     ]
     draws = {seed: ds.draw(seed) for seed in chosen}
     points = []
@@ -220,6 +252,15 @@ def scaling_curve(
         spread = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else math.nan
         points.append(CurvePoint(p, p * ds.tokens, float(each.mean()), spread, int(failures), tuple(each.tolist())))
     return points
+
+
+def _halves(ds: Datastore) -> tuple[list[tuple[str, str]], list[int]]:
+    """Passages evenly spread, each cut into a query and its answer, and their numbers."""
+    parts = [passage.split() for passage in ds.passages]
+    able = [at for at, found in enumerate(parts) if len(found) > 1]
+    asked = able[:: max(1, len(able) // _ASKED)][:_ASKED]
+    cut = [(parts[at], len(parts[at]) // 2) for at in asked]
+    return [(" ".join(found[:half]), " ".join(found[half:])) for found, half in cut], asked
 
 
 def kept_of(ranked: Sequence[int], draw: Array, p: float, k: int) -> list[int]:

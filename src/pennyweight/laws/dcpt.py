@@ -40,6 +40,9 @@ class Ratio(NamedTuple):
     limit: float | None
     violations: tuple[str, ...]
 
+    def __float__(self) -> float:
+        return self.ratio
+
 
 def violations(law: Law, N: float, D: float) -> tuple[str, ...]:
     """What a mixture law must satisfy and does not, at one size and number of tokens."""

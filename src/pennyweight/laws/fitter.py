@@ -173,7 +173,8 @@ def fit(
     """Fit a law to measured points.
 
     Args:
-        points: columns by name, rows by name, or a table with the target last; see `pennyweight.laws.table.read`.
+        points: columns by name, rows by name, a table with the target last, or the path of a CSV file; see
+            `pennyweight.laws.table.read`.
         form: name of the form (`pennyweight laws list`).
         axis: the column that is the variable of a one-variable form.
         target: the column predicted.

@@ -243,7 +243,12 @@ _HUGGING_FACE = {
     "active_experts": ("num_experts_per_tok",),
 }
 #: What a mapping may call the fields besides their own names.
-_ALIASES = {"d": "d_model", "d_hidden": "d_model", "ff": "d_ff", "vocab": "vocab_size", "kv": "kv_heads"}
+_ALIASES = {"d": "d_model", "d_hidden": "d_model", "ff": "d_ff", "vocab": "vocab_size", "kv": "kv_heads"} | {
+    "n_layers": "layers",
+    "n_heads": "heads",
+    "n_kv_heads": "kv_heads",
+    **{written: name for name, others in _HUGGING_FACE.items() for written in others},
+}
 
 
 def _config(cfg: Any) -> TransformerConfig:

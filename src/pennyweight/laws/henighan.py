@@ -7,8 +7,10 @@ N_opt = (C/C0)^e. N without embeddings, C in PF-days, loss in nats a token.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, NamedTuple
 
+from pennyweight.elementwise import elementwise
 from pennyweight.errors import OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.law import Law, Range, law
@@ -44,9 +46,10 @@ DOMAINS = {
 
 
 def _domain(name: str) -> Domain:
-    if name not in DOMAINS:
+    written = re.sub(r"[\s-]+", "_", name.strip().lower().replace("\u00d7", "x"))  # "Image 32x32" as the paper has it
+    if written not in DOMAINS:
         raise OptionError(f"no domain is called {name!r}; there are {', '.join(DOMAINS)}")
-    return DOMAINS[name]
+    return DOMAINS[written]
 
 
 def curve(domain: str, axis: Literal["N", "C"] = "N") -> Law:
@@ -60,8 +63,9 @@ def curve(domain: str, axis: Literal["N", "C"] = "N") -> Law:
     return law("power_const", source="arXiv:2010.14701 Table 1", axis=axis, L_inf=floor, x0=scale, alpha=alpha)
 
 
+@elementwise
 def nopt(domain: str, C: float) -> float:
-    """Compute-optimal size for ``C`` **PF-days** (1 PF-day = 8.64e19 FLOPs): (C/C0)^e."""
+    """Compute-optimal size for ``C`` **PF-days** (1 PF-day = 8.64e19 FLOPs; arrays, too): (C/C0)^e."""
     row = _domain(domain)
     if row.optimal_scale is None or row.optimal_exponent is None:
         raise OptionError(f"the paper prints no optimal size for {domain}")
@@ -85,6 +89,9 @@ class Entropy(NamedTuple):
     law: Law
     without: Law
 
+    def __float__(self) -> float:
+        return self.value
+
 
 def entropy_estimate(
     points: Any, *, axis: str | None = None, bootstrap: int = 1000, seed: int = 0, **options: Any
@@ -104,6 +111,7 @@ def entropy_estimate(
     return Entropy(float(found.L_inf), interval, found, without)
 
 
+@elementwise
 def size_for_kl(law: Law, nats_per_item: float, tokens_per_item: float) -> float:
     """The size (or compute) at which the reducible loss is ``nats_per_item`` for items of ``tokens_per_item`` tokens.
 

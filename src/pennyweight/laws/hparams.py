@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.forms import Array
 from pennyweight.laws.law import Range
+from pennyweight.laws.table import read_csv
 
 #: Runs within this share of their group's best loss count as optimal when the law is fitted.
 TOLERANCE = 0.0025
@@ -64,13 +66,18 @@ class StepLaw:
     points: int | None = None
     curvature: tuple[tuple[float, float], tuple[float, float]] = CURVATURE
 
-    def step(self, N: float, D: float, seq_len: int = 2048, *, tolerance: float = TOLERANCE) -> Hyperparameters:
-        """Settings for ``N`` non-vocabulary parameters and ``D`` tokens in sequences of ``seq_len``."""
+    def step(self, N: Any, D: Any, seq_len: int = 2048, *, tolerance: float = TOLERANCE) -> Hyperparameters:
+        """Settings for ``N`` non-vocabulary parameters and ``D`` tokens in sequences of ``seq_len``.
+
+        Arrays of N and D give arrays of settings.
+        """
         for name, value in (("N", N), ("D", D), ("seq_len", seq_len), ("tolerance", tolerance)):
-            if not (value > 0 and math.isfinite(value)):
+            numbers = np.asarray(value, float)
+            if not ((numbers > 0) & np.isfinite(numbers)).all():
                 raise OptionError(f"hparams.step: {name} = {value!r}; give a positive number")
-        lr = math.exp(self.lr_constant + self.lr_params * math.log(N) + self.lr_tokens * math.log(D))
-        batch = math.exp(self.batch_constant + self.batch_tokens * math.log(D))
+        log_n, log_d = np.broadcast_arrays(*(np.log(np.asarray(value, float)) for value in (N, D)))
+        lr = _plain(np.exp(self.lr_constant + self.lr_params * log_n + self.lr_tokens * log_d))
+        batch = _plain(np.exp(self.batch_constant + self.batch_tokens * log_d))
         # relative loss = d^T H d / 2; along one axis, the other at its best, the half width is sqrt(2 eps (H^-1)_ii)
         wide = np.sqrt(2 * tolerance * np.diag(np.linalg.inv(np.array(self.curvature))))
         plateau = Plateau(
@@ -91,15 +98,21 @@ class StepLaw:
         return Range(float(lr[0]), float(lr[1])), Range(float(batch[0]), float(batch[1]))
 
 
+def _plain(values: Array) -> Any:
+    return float(values) if values.ndim == 0 else values
+
+
 PUBLISHED = StepLaw()
 
 
-def step(N: float, D: float, seq_len: int = 2048, *, tolerance: float = TOLERANCE) -> Hyperparameters:
+def step(N: Any, D: Any, seq_len: int = 2048, *, tolerance: float = TOLERANCE) -> Hyperparameters:
     """The published law at N (non-vocabulary) parameters and D tokens: peak lr, batch, and the plateau around them."""
     return PUBLISHED.step(N, D, seq_len, tolerance=tolerance)
 
 
 def _grid(grid: Any, seq_len: int) -> dict[str, Array]:
+    if isinstance(grid, (str, Path)):
+        grid = read_csv(grid)
     rows = grid if hasattr(grid, "keys") else {name: [row[name] for row in grid] for name in (grid[0] if grid else ())}
     names = {"N": ("N",), "D": ("D",), "lr": ("lr",), "loss": ("smooth_loss", "loss")}
     names["batch"] = ("batch_tokens", "batch_seqs")
@@ -128,7 +141,7 @@ def fit(
     log lr on (1, log N, log D) and of log batch on (1, log D); intervals by resampling the kept runs.
 
     Args:
-        grid: columns or rows with N, D, lr, loss, and batch_tokens or batch_seqs.
+        grid: columns or rows with N, D, lr, loss, and batch_tokens or batch_seqs; or the path of a CSV file with them.
         seq_len: tokens a sequence, for ``batch_seqs``.
         tolerance: of "near the best".
         bootstrap: resamples; 0 for none.

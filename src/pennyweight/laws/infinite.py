@@ -40,6 +40,9 @@ class Asymptote:
         """The fitted loss at ``x``."""
         return self.law(x)
 
+    def __float__(self) -> float:
+        return self.E
+
 
 def asymptote(
     points: Any, form: str = "power_const", *, axis: str | None = None, bootstrap: int = 1000, **options: Any

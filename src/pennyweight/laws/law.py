@@ -193,6 +193,11 @@ class Law:
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     @property
+    def params(self) -> Mapping[str, float]:
+        """The natural constants by name, as ``constants``."""
+        return self.constants
+
+    @property
     def parameters(self) -> Array:
         """(P,) natural constants, in the order of the form."""
         return np.array([float(self.constants[name]) for name in self.form.names])

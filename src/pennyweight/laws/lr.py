@@ -7,13 +7,15 @@ decay schedule the best rate is batch * a * T^b, batch in sequences (of 4,096), 
 
 from __future__ import annotations
 
+from pennyweight.elementwise import elementwise
 from pennyweight.errors import OptionError
 
 
+@elementwise
 def power(T: float, batch: float, *, a: float = 4.6, b: float = -0.51, eta_max: float | None = None) -> float:
     """Best peak learning rate for ``T`` training tokens at ``batch`` sequences: batch * a * T^b, at most ``eta_max``.
 
-    a = 4.6 is the fitted law; the scheduler's own default is a = 4.
+    Arrays, too. a = 4.6 is the fitted law; the scheduler's own default is a = 4.
     """
     if not (T > 0 and batch > 0 and a > 0):
         raise OptionError(f"lr.power: T = {T!r}, batch = {batch!r}, a = {a!r}; give positive numbers")
@@ -21,6 +23,7 @@ def power(T: float, batch: float, *, a: float = 4.6, b: float = -0.51, eta_max: 
     return rate if eta_max is None else min(rate, eta_max)
 
 
+@elementwise
 def switch(batch: float, *, a: float = 4.0, b: float = -0.51, eta_max: float = 0.02) -> float:
     """The number of tokens at which the power law falls below ``eta_max``: (eta_max / (batch a))^(1/b)."""
     if not (batch > 0 and a > 0 and eta_max > 0 and b < 0):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pennyweight.elementwise import elementwise
 from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.forms import D, N, Posynomial, Term, coefficient, exponent, register
@@ -30,8 +31,9 @@ MINICPM = register(
 )
 
 
+@elementwise
 def batch_by_loss(L: float, *, scale: float = 1.21e9, power: float = 6.24) -> float:
-    """Best batch in tokens at loss ``L`` (nats a token, on C4): scale / L^power."""
+    """Best batch in tokens at loss ``L`` (nats a token, on C4; arrays, too): scale / L^power."""
     if not L > 0:
         raise OptionError(f"batch_by_loss: L = {L!r}; give a positive loss in nats a token")
     return float(scale / L**power)

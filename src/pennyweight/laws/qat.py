@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pennyweight.elementwise import elementwise
 from pennyweight.errors import BudgetError, DataError, OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.forms import (
@@ -87,6 +88,7 @@ register(
 )  # fmt: skip
 
 
+@elementwise
 def tokens_per_byte(N: float, D: float, bits: float) -> float:
     """S = D / (N bits / 8)."""
     for name, value in (("N", N), ("D", D), ("bits", bits)):
@@ -95,16 +97,18 @@ def tokens_per_byte(N: float, D: float, bits: float) -> float:
     return D / (N * bits / 8)
 
 
+@elementwise
 def qat_fraction(N: float, D: float, bits: float) -> float:
     """Best share of ``D`` tokens for quantization-aware training of ``N`` parameters at ``bits``.
 
     exp(-6.7297/ln S), natural logarithm; 0 where S <= 1, for the formula holds above one token a parameter byte. Its
-    authors give a mean absolute error of 0.091 in the share.
+    authors give a mean absolute error of 0.091 in the share. Arrays, too.
     """
     s = tokens_per_byte(N, D, bits)
     return math.exp(-_CONSTANT / math.log(s)) if s > 1 else 0.0
 
 
+@elementwise
 def effective_params(N: float, bits: float, gamma: float = GAMMA_BITS) -> float:
     """What ``N`` weights trained at ``bits`` are worth: N (1 - exp(-bits/gamma)); 16 bits and more count whole."""
     if not (N > 0 and bits > 0 and gamma > 0):

@@ -6,16 +6,18 @@ for Language Models", arXiv:2503.19551: error = B/(D_l + D^beta) + E, with D_l i
 
 from __future__ import annotations
 
+from pennyweight.elementwise import elementwise
 from pennyweight.errors import OptionError
 from pennyweight.laws.law import Law
 
 
+@elementwise
 def tokens_to_plateau(law: Law, eps: float) -> float:
     """Tokens at which the law lies ``eps`` (in the unit of its target) above its floor; 0 when it starts closer.
 
     Args:
         law: a ``rectified`` or ``power_const`` law.
-        eps: distance to the floor, above 0.
+        eps: distance to the floor, above 0; arrays, too.
     """
     if law.form.name not in ("rectified", "power_const"):
         raise OptionError(

@@ -59,6 +59,8 @@ def _numbers(values: Any, name: str) -> Array:
 
 
 def _columns(points: Any, form: Form, axis: str | None) -> dict[str, Array]:
+    if isinstance(points, (str, Path)):
+        points = read_csv(points)
     if hasattr(points, "keys") and hasattr(points, "__getitem__"):  # a mapping, a DataFrame
         return {str(name): np.asarray(points[name], dtype=object).reshape(-1) for name in points.keys()}
     rows = list(points)
@@ -103,7 +105,8 @@ def read(
     """The points a form is fitted to.
 
     Args:
-        points: columns by name (a mapping or DataFrame), rows by name, or an (n, V+1) table with the target last.
+        points: columns by name (a mapping or DataFrame), rows by name, an (n, V+1) table with the target last, or the
+            path of a CSV file.
         form: the form.
         axis: the column that is the one variable of a one-variable form.
         target: the column predicted; by default the form's own name for it, or "loss".
@@ -178,5 +181,5 @@ def _units_agree(form: Form, x: Array) -> None:
         if raw.max() < top and other.min() >= 1e6:
             raise UnitError(
                 f"{name} goes up to {raw.max():g} while {other_name} starts at {other.min():g}: {name} looks like "
-                f"billions; give single units, or say so with units={{'{name}': 1e9}}"
+                f"billions; give single units, or say so: units={{'{name}': 1e9}}, or --unit {name}=1e9"
             )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pennyweight.elementwise import elementwise
 from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit as fit_form
 from pennyweight.laws.forms import Array, Form, N, Parameter, S, Space, Variable, exponent, find, register
@@ -133,6 +134,7 @@ class Trajectory:
         """Test loss after ``steps`` at ``batch`` tokens a step."""
         return self.law(N=N, S=steps, B=batch)
 
+    @elementwise
     def critical_batch(self, L: float) -> float:
         """B_*/L^(1/alpha_B) tokens: twice the least steps and twice the least tokens there."""
         if not L > 0:
@@ -147,6 +149,7 @@ class Trajectory:
         """Tokens that a vanishing batch would have needed: S B/(1 + B/B_crit)."""
         return steps * batch / (1 + batch / self.critical_batch(L))
 
+    @elementwise
     def steps_for(self, L: float, N: float, batch: float) -> float:
         """Steps to reach ``L``.
 
@@ -159,6 +162,7 @@ class Trajectory:
             raise DataError(f"steps_for: {N:g} parameters do not reach a loss of {L:g}; at best {floor:.4g}")
         return found
 
+    @elementwise
     def tokens_for(self, L: float, N: float, batch: float) -> float:
         """Tokens to reach ``L``."""
         return self.steps_for(L, N, batch) * batch

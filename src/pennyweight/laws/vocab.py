@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
+from pennyweight.elementwise import elementwise
 from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.forms import Array
@@ -61,6 +62,7 @@ def optimal_flops(nonvocab_params: float) -> float:
     return float((nonvocab_params / math.exp(_ISO_SIZE)) ** 2)
 
 
+@elementwise
 def optimal(
     nonvocab_params: float,
     flops: float | None = None,
@@ -70,7 +72,7 @@ def optimal(
     """The compute-optimal vocabulary size.
 
     Args:
-        nonvocab_params: parameters outside embedding and head.
+        nonvocab_params: parameters outside embedding and head; arrays, too.
         flops: training FLOPs; only ``parametric`` can use others than the compute-optimal ones.
         method: "isoflops", "derivative" (the fitted slope, anchored at 33M) or "parametric".
         width: embedding width; the authors' table when None.

@@ -30,7 +30,9 @@ class Flatness(NamedTuple):
 
     trace: float
     standard_error: float
-    samples: int
+
+    def __float__(self) -> float:
+        return self.trace
 
 
 def flatness(
@@ -167,7 +169,7 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
 
 def _summary(found: list[float]) -> Flatness:
     values = torch.tensor(found, dtype=torch.float64)
-    return Flatness(float(values.mean()), float(values.std() / math.sqrt(len(found))), len(found))
+    return Flatness(float(values.mean()), float(values.std() / math.sqrt(len(found))))
 
 
 class Chosen(NamedTuple):
@@ -217,7 +219,7 @@ def by_flatness(
         else:
             value, trace = one
             losses[name] = float(value)
-            traces[name] = trace if isinstance(trace, Flatness) else Flatness(float(trace), 0.0, 0)
+            traces[name] = trace if isinstance(trace, Flatness) else Flatness(float(trace), 0.0)
     best = min(losses.values())
     near = tuple(name for name in named if losses[name] <= best + loss_tol)
     for name in near:

@@ -31,12 +31,12 @@ class BitsChoice(NamedTuple):
 
 
 def bits_for_memory(
-    stored_bytes: float, tokens: float, *, law: QATLaw | None = None, widths: tuple[float, ...] = (1, 2, 3, 4, 6, 8)
+    bytes: float, tokens: float, *, law: QATLaw | None = None, widths: tuple[float, ...] = (1, 2, 3, 4, 6, 8)
 ) -> BitsChoice:
-    """The width of least predicted loss whose parameters fit ``stored_bytes`` when trained on ``tokens``.
+    """The width of least predicted loss whose parameters fit ``bytes`` when trained on ``tokens``.
 
     Args:
-        stored_bytes: of the quantized parameters.
+        bytes: of the quantized parameters.
         tokens: of both phases together.
         law: of `pennyweight.laws.fit_qat`; None for the published laws above.
         widths: to choose from.
@@ -47,13 +47,13 @@ def bits_for_memory(
     if not widths:
         raise BudgetError("bits_for_memory: no widths to choose from")
     if law is None:
-        if not (stored_bytes > 0 and tokens > 0):
-            raise BudgetError(f"bits_for_memory: {stored_bytes!r} bytes, {tokens!r} tokens; give positive numbers")
+        if not (bytes > 0 and tokens > 0):
+            raise BudgetError(f"bits_for_memory: {bytes!r} bytes, {tokens!r} tokens; give positive numbers")
         base, found = published.refit(), []
         for width in widths:
-            size = stored_bytes * 8 / width
+            size = bytes * 8 / width
             loss = float(base(N=effective_params(size, width), D=tokens))
             found.append(BitsChoice(float(width), size, qat_fraction(size, tokens, width), loss))
         return min(found, key=lambda choice: choice.loss)
-    bits, params, split = law.bits_for_memory(stored_bytes, tokens, widths)
+    bits, params, split = law.bits_for_memory(bytes, tokens, widths)
     return BitsChoice(bits, params, split.fraction, split.loss)

@@ -7,6 +7,7 @@ rate, epochs and weight decay until no single step of one of them helps; the bes
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Tuned:
 
 
 def data_constrained(
-    model: Callable[[], nn.Module],
+    model: nn.Module | Callable[[], nn.Module],
     data: tuple[Tensor, Tensor],
     tune: Sequence[str] = ("lr", "epochs", "weight_decay"),
     *,
@@ -59,7 +60,7 @@ def data_constrained(
     """Tune a recipe for the data there is.
 
     Args:
-        model: makes the untrained model, the same each time.
+        model: untrained, copied for each training; or a callable that makes it, the same each time.
         data: windows to train on, and windows to judge by, (C, T) each.
         tune: what may move, out of lr, epochs and weight_decay.
         lr: where to start.
@@ -85,7 +86,7 @@ def data_constrained(
     def run(setting: dict[str, float]) -> float:
         key = tuple(round(value, 12) for value in setting.values())
         if key not in tried:
-            module = model()
+            module = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
             tried[key] = _train(module, data, setting, batch, evaluate or _next_token, seed), module
             history.append((dict(setting), tried[key][0]))
         return tried[key][0]

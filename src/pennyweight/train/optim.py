@@ -222,13 +222,13 @@ class EffectiveSteps:
         return {name: self.norms[name][-1] / self.norms[name][0] for name in (names or self.norms)}
 
 
-def effective_step(module: nn.Module) -> EffectiveSteps:
-    """Watch norms and effective steps of the weights of ``module`` from now on; see `EffectiveSteps`.
+def effective_step(model: nn.Module) -> EffectiveSteps:
+    """Watch norms and effective steps of the weights of ``model`` from now on; see `EffectiveSteps`.
 
     Raises:
         OptionError: no weight of two dimensions or more.
     """
-    return EffectiveSteps(module)
+    return EffectiveSteps(model)
 
 
 def _check(name: str, **numbers: float) -> None:

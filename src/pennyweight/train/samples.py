@@ -5,7 +5,7 @@ Shape letters: C samples (windows), T tokens of a window, B samples taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Protocol
 
@@ -102,7 +102,7 @@ class TwoStage:
         return tuple(found)
 
 
-def two_stage(stable_data: Stream, decay_data: Stream, *, switch: int, share: float = 0.5) -> TwoStage:
+def two_stage(stable_data: Stream, decay_data: Stream, *, switch: int | None = None, share: float = 0.5) -> TwoStage:
     """Plain data while the rate is stable, better data mixed in while it decays.
 
     Row 146. Source: S. Hu et al., MiniCPM, arXiv:2404.06395, section 5: knowledge and instruction data enter with the
@@ -112,12 +112,17 @@ def two_stage(stable_data: Stream, decay_data: Stream, *, switch: int, share: fl
     Args:
         stable_data: samples before ``switch``, and what is left of the mixture after it.
         decay_data: samples mixed in from there on.
-        switch: the sample at which the decay starts: its step times the batch.
+        switch: the sample at which the decay starts: its step times the batch; None for where ``stable_data``, of a
+            known length, have all been seen once.
         share: of ``decay_data`` in the mixture.
 
     Raises:
-        OptionError: a share outside 0 to 1, or a switch before the start.
+        OptionError: a share outside 0 to 1, a switch before the start, or none for an endless stream.
     """
+    if switch is None:
+        if not isinstance(stable_data, Sized):
+            raise OptionError("two_stage: the stable data have no length; give switch=, where the decay starts")
+        switch = len(stable_data)
     return TwoStage(stable_data, decay_data, switch=switch, share=share)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pennyweight.elementwise import elementwise
 from pennyweight.errors import OptionError
 
 Unit = Literal["steps", "tokens"]
@@ -42,6 +43,7 @@ class Schedule:
     total: float
     _rate: Callable[[float], float] = field(repr=False, compare=False)
 
+    @elementwise
     def __call__(self, done: float) -> float:
         if not done >= 0:
             raise OptionError(f"{self.name}: asked for the rate after {done} {self.unit}; give 0 or more")

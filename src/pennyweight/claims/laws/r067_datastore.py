@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -16,27 +13,6 @@ from pennyweight.measure import stats
 
 _SHARES = (0.0, 0.1, 0.3, 1.0)
 _WORDS, _QUERIES = 64, 120
-
-
-class _Model:
-    """A unigram model of the whole text that is mixed with the words of what was retrieved: a cache language model."""
-
-    def __init__(self, documents: Sequence[str], weight: float = 0.3) -> None:
-        self.counts = Counter(word for text in documents for word in retrieval.words(text))
-        self.total, self.weight = sum(self.counts.values()), weight
-
-    def loss(self, passages: Sequence[str], query: str, answer: str) -> float:
-        """Nats a word of the answer; words that nowhere occurred share one count."""
-        here = Counter(word for text in [*passages, query] for word in retrieval.words(text))
-        size = sum(here.values())
-        found = [
-            -math.log(
-                (1 - self.weight) * (self.counts[word] or 1) / (self.total + 1)
-                + self.weight * here[word] / max(size, 1)
-            )
-            for word in retrieval.words(answer)
-        ]
-        return sum(found) / len(found)
 
 
 @claim(row=67, pace="quick", headline="monotone gains up to 1.4 trillion tokens, no obvious saturation (abstract)")
@@ -54,7 +30,7 @@ def larger_datastores_lower_the_loss(assets: Assets) -> Outcome:
         kept.append(" ".join(parts[: -2 * _WORDS]))
     step = max(1, len(pairs) // _QUERIES)
     store = retrieval.datastore([*kept, *texts[2::3]], chunk_words=_WORDS)
-    model = _Model(model_text)
+    model = retrieval.CacheModel(model_text)
     curve = retrieval.scaling_curve(
         store, _SHARES, seeds=2, K=len(store.passages), k=3, queries=pairs[::step][:_QUERIES], loss=model.loss
     )
