@@ -254,6 +254,15 @@ def test_a_disagreement_is_told_and_the_plain_way_kept(monkeypatch):
     assert not torch.equal(found, wanted)
 
 
+def test_a_machine_on_which_it_is_slower_keeps_the_plain_way(monkeypatch):
+    module = families.build("llama").eval()
+    wanted = generated(module)[1]
+    fused.fuse(module, prompt=torch.float32)
+    monkeypatch.setattr(fused, "_best", lambda compute: 1e9)
+    assert torch.equal(generated(module)[1], wanted)
+    assert not fused.fused(module)
+
+
 def test_copies_and_pickles_are_plain_and_unfuse_takes_it_back():
     module = families.build("llama").eval()
     plain = type(module.model)

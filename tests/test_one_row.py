@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from pennyweight import native
+from pennyweight.measure import kernels
 from pennyweight.weights import Quantized, one_row
 from pennyweight.weights.entropy import EntropyCoded
 
@@ -64,7 +66,33 @@ def test_gradients_and_many_rows_go_the_plain_way(monkeypatch: pytest.MonkeyPatc
     weight(x).sum().backward()
     assert x.grad is not None
     with torch.no_grad():
-        weight(torch.randn(one_row.ROWS + 1, 64))
+        weight(torch.randn(one_row.limit("4 bits", torch.float32) + 1, 64))
+
+
+def test_rows_follow_what_was_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path))
+    assert one_row.limit("4 bits", torch.bfloat16) == one_row.ROWS[torch.bfloat16]
+    monkeypatch.setattr(kernels, "_SHAPE", (32, 64))
+    monkeypatch.setattr(kernels, "_COPIES", 1)
+    monkeypatch.setattr(kernels, "KINDS", {kind: kernels.KINDS[kind] for kind in ("bytes", "4 bits")})
+    measured = kernels.rows()
+    assert set(measured) == {f"{kind} {form}" for kind in ("bytes", "4 bits") for form in ("float32", "bfloat16")}
+    one_row.keep_limits({"4 bits float32": 2, "bytes bfloat16": 0})
+    assert one_row.limit("4 bits", torch.float32) == 2
+    assert one_row.limit("bytes", torch.bfloat16) == 0
+    with one_row.limited("bytes", 9):
+        assert one_row.limit("bytes", torch.bfloat16) == 9
+    weight = Quantized.nearest(torch.randn(16, 64), bits=4, group_size=32)
+    seen = []
+    multiply = one_row.multiply
+    monkeypatch.setattr(one_row, "multiply", lambda *given: seen.append(1) or multiply(*given))
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            weight(torch.randn(count, 64))
+    assert len(seen) == 2
+    one_row.limits_place().write_text("{}")  # another version's, or damaged
+    one_row.keep_limits({})
+    assert one_row.limit("4 bits", torch.float32) == one_row.ROWS[torch.float32]
 
 
 def test_what_was_prepared_follows_its_weight() -> None:

@@ -13,15 +13,21 @@ from pennyweight.errors import OptionError
 def tune(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the profile there, too.")] = None,
 ) -> None:
-    """Measure this machine once, so that times can be predicted for it (`measure --roofline --device here`)."""
+    """Measure this machine once: to predict times for it (`measure --roofline --device here`), and to multiply by codes
+    in the way that is faster here."""
     from pennyweight.cli.progress import progress
     from pennyweight.cli.tables import emit
+    from pennyweight.measure import kernels
     from pennyweight.measure import tune as tuning
+    from pennyweight.weights import one_row
 
     with progress() as report:
         found = tuning.tune(report=report)
+        rows = kernels.rows(report=report)
     print(_words(found))
-    print(f"kept in {tuning.place()}")
+    for name, most in rows.items():
+        print(f"codes of {name}: read as they are packed up to {most} rows")
+    print(f"kept in {tuning.place()} and {one_row.keep_limits(rows)}")
     if json:
         emit(found.to_json(), json)
 

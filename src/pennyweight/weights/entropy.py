@@ -264,7 +264,7 @@ class EntropyCoded(Weight):
         return torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.transposed and one_row.usable(x, self):
+        if not self.transposed and one_row.usable(x, self, "bytes"):
             return one_row.multiply(self, (self.near, self.row_scale, self.column_scale), self._prepared, x)
         if not self.transposed and one_row.expandable(x, self):
             return one_row.expanded(self, (self.near, self.row_scale, self.column_scale), self._prepared, x)

@@ -12,7 +12,8 @@ A matrix is cut along its rows into groups that share one scale (and one zero). 
 
 Formats ``e4m3``, ``e5m2`` (OCP FP8: P. Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433) and
 ``e2m1`` (OCP Microscaling, FP4) and ``e3m0`` (powers of two) have the floating-point value of the code's bit pattern as
-level; ``unsigned`` has the code itself, for matrices without negative values such as the scales of another grid.
+level; ``nl4`` has the sixteen levels of the IQ4_NL blocks of ggml, denser about zero; ``unsigned`` has the code itself,
+for matrices without negative values such as the scales of another grid.
 
 Shape letters: M out features, N in features, G groups of a row, S features of a group.
 """
@@ -37,13 +38,18 @@ _FLOATS: dict[str, tuple[int, int, bool]] = {
     "e5m2": (5, 2, True),
     "e2m1": (2, 1, False),
     "e3m0": (3, 0, False),
+    "nl4": (2, 1, False),  # as wide as e2m1; its levels are listed
 }
+#: Levels in order of the codes, where no bit pattern says them.
+_TABLES = {"nl4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)}
 FORMATS = ("integer", "unsigned", *_FLOATS)
 
 
 @cache
 def float_levels(format: str) -> Tensor:
     """The value of every bit pattern of a floating-point ``format``, (2**bits,) float32, NaN and infinity included."""
+    if format in _TABLES:
+        return torch.tensor(_TABLES[format], dtype=torch.float32)
     exponent_bits, mantissa_bits, has_infinity = _FLOATS[format]
     code = torch.arange(2 ** (1 + exponent_bits + mantissa_bits))
     sign = 1.0 - 2.0 * (code >> (exponent_bits + mantissa_bits)).double()
@@ -67,10 +73,18 @@ def _sorted_levels(format: str) -> tuple[Tensor, Tensor]:
     levels = float_levels(format)
     half = levels.numel() // 2
     usable = torch.isfinite(levels)
-    usable[half] = False  # minus zero
+    usable[half] = format in _TABLES  # else minus zero
     codes = usable.nonzero()[:, 0]
     order = levels[codes].argsort()
     return levels[codes][order], codes[order]
+
+
+@cache
+def _codes_of_halves(format: str) -> Tensor:
+    """(512,) uint8: the nearest code for numbers from k / 2 up to (k + 1) / 2, k from -256."""
+    ordered, codes = _sorted_levels(format)
+    middle = (ordered[1:] + ordered[:-1]) / 2
+    return codes[torch.bucketize(torch.arange(-256, 256) / 2, middle, right=True)].to(torch.uint8)
 
 
 def check_format(format: str, bits: int, zero_kind: str, where: str) -> None:
@@ -278,7 +292,13 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, kind: str, 
 
 
 def _nearest_float(level: Tensor, format: str) -> Tensor:
-    """Round to the nearest value of ``format``, ties to the even pattern, beyond the largest to the largest."""
+    """Round to the nearest value of ``format``, ties to the even pattern, beyond the largest to the largest.
+
+    Levels of a table are whole numbers of a byte: every half of one has its code listed, ties upward.
+    """
+    if format in _TABLES:
+        listed = _codes_of_halves(format).to(level.device)
+        return listed[(2 * level).floor_().clamp_(-256, 255).add_(256).int()]
     ordered, codes = (t.to(level.device) for t in _sorted_levels(format))
     middle = (ordered[1:] + ordered[:-1]) / 2
     low = torch.bucketize(level, middle)
@@ -337,6 +357,8 @@ class _Fit:
                 return self.rounded(factor * largest / -(2 ** (self.bits - 1))), None
             if self.format == "unsigned":
                 return self.rounded(factor * high.clamp_min(0) / (2**self.bits - 1)), None
+            if self.format in _TABLES:  # the first level is the largest, as that of whole numbers is
+                return self.rounded(factor * largest / _TABLES[self.format][0]), None
             scale = factor * largest.abs() / float(_sorted_levels(self.format)[0][-1])
             # a subnormal scale has few digits left, and these formats resolve small values as well as large ones:
             # raise it by powers of two, which keeps the largest value on a level
@@ -365,7 +387,7 @@ class _Fit:
         # the fewer the levels, the more of the range is worth giving up: Gaussian groups of 64 like 0.4 of it at 2
         # bits and 0.8 at 4; the smallest factor leaves room below that
         smallest = max(0.2, 1 - 1.3 / self.bits) if self.format not in _FLOATS else 0.5
-        both = self.kind == "none" and self.format == "integer"
+        both = self.kind == "none" and (self.format == "integer" or self.format in _TABLES)
         count = -(-steps // 2) if both else steps
         for index in range(steps):
             place = index // 2 if both else index

@@ -53,7 +53,9 @@ class LowRank(Weight):
         # in double: float32 loses singular values below 1e-7 of the largest, and `rank` may reach that far
         left, singular, right = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
         root = singular[:rank].sqrt()  # shared evenly, so that neither factor overflows a 16-bit dtype
-        return cls((left[:, :rank] * root).to(matrix), (root[:, None] * right[:rank]).to(matrix))
+        # row by row in memory, as a file gives them back: products of other layouts are rounded otherwise
+        up, down = (left[:, :rank] * root).to(matrix), (root[:, None] * right[:rank]).to(matrix)
+        return cls(up.contiguous(), down.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.down.T.to(x.dtype) @ self.up.T.to(x.dtype)

@@ -11,18 +11,26 @@ R rows, G groups; ... any leading dimensions.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from pennyweight import native
+from pennyweight.safe_write import write_text
 from pennyweight.weights.weight import Weight
 
-#: Rows up to which the routine is used: beyond, unpacking once and a matrix product win.
-ROWS = 4
+#: Rows up to which the routine is used where `pennyweight.measure.kernels` has not measured it, by what products would
+#: be taken in otherwise: beyond, unpacking once and a matrix product win.
+ROWS = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 4}
+_MOST = 64  # rows that are worth asking about
 WHOLE, PACKED, BRAIN, SINGLE = range(4)
 
 
@@ -55,9 +63,73 @@ class Prepared:
         return int(self.matrix.m), int(self.matrix.n)
 
 
-def usable(x: Tensor, weight: Weight) -> bool:
+def limits_place() -> Path:
+    """Where the measured numbers of rows are kept: by this machine's name and the number of threads."""
+    return native.cache_directory() / f"rows-{platform.node()}-{torch.get_num_threads()}.json"
+
+
+@cache
+def _limits(place: Path) -> dict[str, int]:
+    try:
+        kept = json.loads(place.read_text("utf-8"))
+        return {str(name): int(rows) for name, rows in kept["rows"].items()} if kept["of"] == routine() else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # not measured, or by another version
+
+
+def routine() -> str | None:
+    """The name of the compiled routine, which changes with its source; None without a compiler."""
+    library = native.library("matvec")
+    return None if library is None else Path(library._name).name
+
+
+def keep_limits(rows: Mapping[str, int]) -> Path:
+    """Keep what was measured, for every process from now on; where."""
+    place = limits_place()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, json.dumps({"of": routine(), "rows": dict(rows)}) + "\n")
+    _limits.cache_clear()
+    return place
+
+
+def limit(kind: str, dtype: torch.dtype) -> int:
+    """Rows in ``dtype`` up to which the routine is the faster way for codes of ``kind``, here and with these threads.
+
+    Args:
+        kind: as `pennyweight.measure.kernels` has them.
+        dtype: that products would be taken in otherwise.
+    """
+    if kind in _FORCED:
+        return _FORCED[kind]
+    return _limits(limits_place()).get(f"{kind} {str(dtype).removeprefix('torch.')}", ROWS.get(dtype, 0))
+
+
+_FORCED: dict[str, int] = {}
+
+
+@contextmanager
+def limited(kind: str, rows: int) -> Iterator[None]:
+    """Use the routine for codes of ``kind`` up to ``rows`` rows, whatever was measured."""
+    before = dict(_FORCED)
+    _FORCED[kind] = rows
+    try:
+        yield
+    finally:
+        _FORCED.clear()
+        _FORCED.update(before)
+
+
+def usable(x: Tensor, weight: Weight, kind: str) -> bool:
     """Whether the routine may compute ``weight(x)``: a few rows on the CPU, nothing to differentiate or trace."""
-    return 0 < x.numel() <= ROWS * weight.shape[1] and _plain_product(x, weight)
+    few = 0 < x.numel() <= _MOST * weight.shape[1] and x.numel() <= limit(kind, _otherwise(x)) * weight.shape[1]
+    return few and _plain_product(x, weight)
+
+
+def _otherwise(x: Tensor) -> torch.dtype:
+    """What a product of ``x`` is taken in without the routine."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
 
 
 def _plain_product(x: Tensor, weight: Weight) -> bool:
@@ -134,7 +206,7 @@ def multiply(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], 
         weight: `usable` with ``x``.
         tensors: those that ``weight`` is made of: when they change, it is prepared anew.
         prepare: makes what the routine reads.
-        x: at most `ROWS` rows.
+        x: few rows.
     """
     library, matrix = native.library("matvec"), _known(weight, tensors, prepare).matrix
     assert library is not None
@@ -150,9 +222,8 @@ def multiply(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], 
 
 
 def expandable(x: Tensor, weight: Weight) -> bool:
-    """Whether ``weight(x)`` is a product in bfloat16 of many rows, for which the routine may make the matrix."""
-    lower = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return (lower or x.dtype == torch.bfloat16) and x.numel() > ROWS * weight.shape[1] and _plain_product(x, weight)
+    """Whether ``weight(x)`` is a product in bfloat16, for which the routine may make the matrix."""
+    return _otherwise(x) == torch.bfloat16 and x.numel() > 0 and _plain_product(x, weight)
 
 
 def expanded(weight: Weight, tensors: tuple[Tensor, ...], prepare: Callable[[], Prepared], x: Tensor) -> Tensor:

@@ -206,8 +206,8 @@ class Quantized(Weight):
         return torch.promote_types(self.scale.dtype, torch.float32)  # as `grid` computes
 
     def forward(self, x: Tensor) -> Tensor:
-        once, often = one_row.usable(x, self), one_row.expandable(x, self)
-        if self._has_routine and (once or often):
+        once = self._has_routine and one_row.usable(x, self, f"{self.bits} bits")
+        if once or (self._has_routine and one_row.expandable(x, self)):
             grid = [*self.scale.parameters(), *self.scale.buffers()]
             grid += [] if self.zero is None else [*self.zero.parameters(), *self.zero.buffers()]
             product = one_row.multiply if once else one_row.expanded
