@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pennyweight import rows
-from pennyweight.claims import Outcome, claim, claims, page, run
+from pennyweight.claims import Outcome, claim, claims, earlier, page, run
 from pennyweight.claims import claim as declare
 from pennyweight.claims import runner as runner_module
 from pennyweight.claims.quantize import r226_taxonomy
@@ -75,6 +75,12 @@ def test_what_was_finished_is_not_run_again(three, tmp_path, monkeypatch):
     monkeypatch.setattr(runner_module, "sources", lambda: "of other code")
     list(run([118, 196], keep=keep))
     assert ran == [5, 118, 196]
+    monkeypatch.setattr(runner_module, "sources", lambda: "of still other code")
+    before = earlier(keep)
+    assert {record.row for record in before.values()} == {118, 196}  # not 5, which broke
+    text = page(first, machine="here", waiting=["dense_beats_sparse", "some_claim", first[0].name], before=before)
+    assert text.count(" † | ") == 2
+    assert "Not run when this was written: dense beats sparse, some claim." in text
     keep.write_text("{}\n")
     with pytest.raises(DataError, match="line 1 is no record"):
         list(run([196], keep=keep))

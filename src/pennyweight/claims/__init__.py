@@ -12,11 +12,11 @@ from pennyweight.claims.claim import Claim, Outcome, claim, claims
 
 if TYPE_CHECKING:
     from pennyweight.claims.assets import Assets
-    from pennyweight.claims.runner import Record, page, run
+    from pennyweight.claims.runner import Record, earlier, page, run
 
-_WHERE = {"Assets": "assets", "Record": "runner", "page": "runner", "run": "runner"}
+_WHERE = {"Assets": "assets", "Record": "runner", "earlier": "runner", "page": "runner", "run": "runner"}
 
-__all__ = ["Assets", "Claim", "Outcome", "Record", "claim", "claims", "page", "run"]
+__all__ = ["Assets", "Claim", "Outcome", "Record", "claim", "claims", "earlier", "page", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,12 +99,13 @@ def _run(chosen: list[Claim], assets: Assets, keep: Path | None) -> Iterator[Rec
         yield record
 
 
-def _kept(keep: Path) -> dict[str, Record]:
+def _kept(keep: Path, *, current: bool = True) -> dict[str, Record]:
+    """The last record of each claim that did not break: of these very sources, or of others before them."""
     found = {}
     for number, line in enumerate(keep.read_text(encoding="utf-8").splitlines() if keep.exists() else (), 1):
         try:
             entry = json.loads(line)
-            if entry["sources"] == sources() and entry["record"]["error"] is None:
+            if (entry["sources"] == sources()) is current and entry["record"]["error"] is None:
                 record = Record(**entry["record"])
                 pairs = (tuple(pair) if (pair := getattr(record, name)) else None for name in ("control", "interval"))
                 control, interval = pairs
@@ -112,6 +113,15 @@ def _kept(keep: Path) -> dict[str, Record]:
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{keep}: line {number} is no record of a claim; give another file") from None
     return found
+
+
+def earlier(keep: Path) -> dict[str, Record]:
+    """By name, the records in ``keep`` that other sources than these gave, the last one of each claim.
+
+    Raises:
+        DataError: ``keep`` holds something else.
+    """
+    return _kept(keep, current=False)
 
 
 @cache
@@ -153,16 +163,20 @@ def run_one(one: Claim, assets: Assets) -> Record:
     )
 
 
-def page(records: Iterable[Record], *, machine: str, waiting: Iterable[str] = ()) -> str:
+def page(
+    records: Iterable[Record], *, machine: str, waiting: Iterable[str] = (), before: Mapping[str, Record] | None = None
+) -> str:
     """The Markdown of ``docs/claims.md``.
 
     Args:
         records: of a full run, or of as much of it as is done.
         machine: where it ran, in words.
         waiting: names of claims that are still to be run.
+        before: what `earlier` has of those; they are shown, and marked.
     """
-    left = sorted(waiting)
-    found = sorted(records, key=lambda record: (record.row, record.name))
+    old = {name: (before or {})[name] for name in waiting if name in (before or {})}
+    left = sorted(set(waiting) - set(old))
+    found = sorted([*records, *old.values()], key=lambda record: (record.row, record.name))
     held = sum(record.holds for record in found)
     lines = [
         "# Claims",
@@ -178,7 +192,7 @@ def page(records: Iterable[Record], *, machine: str, waiting: Iterable[str] = ()
     for record in found:
         cells = [
             f"{record.row} {row(record.row).name}",
-            record.name.replace("_", " "),
+            record.name.replace("_", " ") + (" †" if record.name in old else ""),
             "broken: " + (record.error or "") if record.error else "yes" if record.holds else "**no**",
             _figure(record.method) + (_interval(record.interval) if record.interval else ""),
             _figure(record.baseline),
@@ -189,6 +203,8 @@ def page(records: Iterable[Record], *, machine: str, waiting: Iterable[str] = ()
             + ("" if record.seconds <= PACES[record.pace] else f" (over {PACES[record.pace]:.0f})"),
         ]
         lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    if old:
+        lines += ["", "† run with an earlier state of the sources."]
     if left:
         lines += ["", f"Not run when this was written: {', '.join(name.replace('_', ' ') for name in left)}."]
     notes = [f"* Row {record.row}: {record.notes}" for record in found if record.notes]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pennyweight.errors import OptionError
+
+if TYPE_CHECKING:
+    from pennyweight.laws.law import Range
 
 claims = typer.Typer(help="Every row's claim, run here.", no_args_is_help=True)
 levers = typer.Typer(help="The methods that change a model.", no_args_is_help=True)
@@ -64,12 +67,13 @@ def claims_run(
     import json as to_json
 
     from pennyweight.claims import claims as all_claims
+    from pennyweight.claims import earlier, run
     from pennyweight.claims import page as page_of
-    from pennyweight.claims import run
 
     if page is not None and (rows is not None or not every):
         raise OptionError("claims run: the page is of a full run; give --all and no --rows with --page")
     found, waiting = [], {one.name for one in all_claims()}
+    before = {} if keep is None else earlier(keep)
     for record in run(_numbers(rows), slow=every, keep=keep):
         found.append(record)
         waiting.discard(record.name)
@@ -82,7 +86,7 @@ def claims_run(
 
             machine = Machine.here(threads=torch.get_num_threads())
             where = f"{machine.processor}, {machine.threads} threads"
-            write_text(page, page_of(found, machine=where, waiting=waiting))
+            write_text(page, page_of(found, machine=where, waiting=waiting, before=before))
     if not all(record.holds for record in found):
         raise typer.Exit(1)
 
@@ -169,6 +173,9 @@ def laws_fit(
     form: Annotated[str, typer.Option(metavar="FORM", help="See `laws list`.")] = "power_const",
     axis: Annotated[str | None, typer.Option(metavar="COLUMN", help="The variable of a one-variable form.")] = None,
     target: Annotated[str | None, typer.Option(metavar="COLUMN", help="What is predicted; else `loss`.")] = None,
+    unit: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=FACTOR", help="D=1e9: that column is in billions.")
+    ] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples for the intervals; 0 for none.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     json: Annotated[
@@ -176,10 +183,12 @@ def laws_fit(
     ] = None,
 ) -> None:
     """Fit a form to measured points."""
+    from pennyweight.cli.laws_file import plain
     from pennyweight.cli.tables import emit, table
     from pennyweight.laws import fit_csv
 
-    law = fit_csv(points, form, axis=axis, target=target, bootstrap=bootstrap, seed=seed)
+    units = _values(unit or [], "laws fit --unit", "D=1e9")
+    law = fit_csv(points, form, axis=axis, target=target, units=units, bootstrap=bootstrap, seed=seed)
     report = law.report
     assert report is not None, "a fitted law has a report"
     print(law.form.formula)
@@ -190,7 +199,18 @@ def laws_fit(
     for note in report.notes:
         print(note)
     if json:
-        emit(law.receipt().to_json(), json)
+        emit(plain(law), json)
+
+
+def _values(given: list[str], where: str, example: str) -> dict[str, float]:
+    found = {}
+    for part in given:
+        name, _, value = part.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise OptionError(f"{where}: {part!r} is not NAME=VALUE; write {example}") from None
+    return found
 
 
 @laws.command("predict")
@@ -202,19 +222,35 @@ def laws_predict(
     from pennyweight.cli.laws_file import read
 
     found = read(law)
-    point: dict[str, Any] = {}
-    for part in at:
-        name, _, value = part.partition("=")
-        try:
-            point[name] = float(value)
-        except ValueError:
-            raise OptionError(f"laws predict: {part!r} is not NAME=VALUE; write N=7e9") from None
+    point: dict[str, Any] = _values(at, "laws predict", "N=7e9")
     if set(point) != set(found.variables):
         raise OptionError(f"laws predict: this is a law of {', '.join(found.variables)}; given: {', '.join(point)}")
     predicted = found.predict(**point)
-    print(f"{found.form.target} = {predicted.value:.6g}")
+    print(f"{found.form.target} = {predicted.value:.6g}{_span(predicted.interval)}")
     if predicted.receipt.extrapolation is not None:
         print(predicted.receipt.extrapolation.text)
+
+
+def _span(found: Range | None) -> str:
+    return "" if found is None else f" [{found.low:.6g}, {found.high:.6g}]"
+
+
+@laws.command("optimum")
+def laws_optimum(
+    law: Annotated[Path, typer.Argument(metavar="LAW", help="A law of N and D that `laws fit --json` wrote.")],
+    compute: Annotated[str, typer.Argument(metavar="FLOPS", help="For training: 1e21, 3 ZFLOPs.")],
+) -> None:
+    """The size and tokens that a fitted law would spend a training budget on, with intervals."""
+    from pennyweight.cli.laws_file import read
+    from pennyweight.laws import optimal
+    from pennyweight.units import Quantity
+
+    best = optimal.allocate(read(law), Quantity.parse(compute, expect=("flops",)).number)
+    for name, value in (("N", best.N), ("D", best.D), ("tokens a parameter", best.ratio), ("loss", best.loss)):
+        span = best.intervals.get("ratio" if name == "tokens a parameter" else name)
+        print(f"{name} = {value:.6g}{_span(span)}")
+    if best.receipt is not None and best.receipt.extrapolation is not None:
+        print(best.receipt.extrapolation.text)
 
 
 @laws.command("density")
