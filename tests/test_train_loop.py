@@ -391,23 +391,46 @@ def test_the_gpt_sees_distances_and_not_places():
 # --- several processes
 
 
-def test_two_processes_train_as_one_does(tmp_path):
+def together(out, *words):
+    """Two gloo processes of `train_processes`: the whole weights they ended with, and the losses."""
     script = Path(train_processes.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([*command, str(out), *words], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "resumed").exists()
-    module = train_processes.network()
-    losses = train_processes.trainer(module).run(8)
-    found = tmp_path / "final.safetensors"
+    assert (out / "resumed").exists()
+    found = out / "final.safetensors"
     tensors = {
         name: safetensors_file.read_tensor(found, entry)
         for name, entry in safetensors_file.read_header(found).entries.items()
     }
-    assert tensors.pop("losses").tolist() == pytest.approx(losses, rel=1e-12)
+    return tensors, tensors.pop("losses").tolist()
+
+
+def same_as_alone(module, losses, tensors, found):
+    assert found == pytest.approx(losses, rel=1e-12)
     alone = state(module)
     assert alone.keys() == tensors.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-10, atol=1e-12)
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    tensors, found = together(tmp_path)
+    module = train_processes.network()
+    same_as_alone(module, train_processes.trainer(module).run(8), tensors, found)
     assert 0 < float(tensors["0.parametrizations.weight.0.mask"].float().mean()) < 1
+
+
+def test_two_processes_that_share_the_weights_train_as_one_does(tmp_path):
+    tensors, found = together(tmp_path, "sharded")
+    module = train_processes.network()
+    losses = train_processes.trainer(module, pruned=False).run(8)
+    same_as_alone(module, losses, tensors, found)
+    # one process alone goes on from what the two saved
+    alone = train_processes.trainer(train_processes.network(), pruned=False)
+    with pytest.raises(ModelError, match="the checkpoint of 2 processes, and 1 here"):
+        alone.resume(tmp_path / "checkpoint")
+    alone.resume(tmp_path / "checkpoint", exact=False)
+    later = alone.run(8)
+    same_as_alone(module, losses[5:], state(alone.module), later)

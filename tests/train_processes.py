@@ -1,6 +1,7 @@
 """What the processes of `test_train_loop.py` run under ``torchrun``: `python train_processes.py OUT` trains and saves.
 
-Not a test: each process trains its share of the joined batch, and the first writes the weights.
+Not a test: each process trains its share of the joined batch, and the first writes the weights. With ``sharded`` as a
+second word each holds its share of the weights, too.
 """
 
 import gc
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pennyweight.levers.prune.gradual import GradualPruning
 from pennyweight.model import safetensors_file
-from pennyweight.train import Samples, Trainer, processes
+from pennyweight.train import Samples, Trainer, processes, sharded, whole
 from pennyweight.train.schedules import wsd
 from pennyweight.train.sparsity_schedules import CubicSchedule
 
@@ -27,10 +28,10 @@ def network() -> nn.Module:
     return module
 
 
-def trainer(module: nn.Module) -> Trainer:
+def trainer(module: nn.Module, *, pruned: bool = True) -> Trainer:
     generator = torch.Generator().manual_seed(4)
     rows, labels = torch.randn(50, 6, generator=generator).double(), torch.randint(3, (50,), generator=generator)
-    pruning = GradualPruning([module[0]], CubicSchedule(final=0.5, start=2, end=6, every=2))
+    ramp = CubicSchedule(final=0.5, start=2, end=6, every=2)
     return Trainer(
         module,
         torch.optim.AdamW(module.parameters(), lr=0.0),
@@ -40,7 +41,7 @@ def trainer(module: nn.Module) -> Trainer:
         loss=lambda module, batch: nn.functional.cross_entropy(module(batch[0]), batch[1]),
         schedule=wsd(8, 2, 0.25, "linear", peak=0.05),
         clip=0.5,
-        callbacks=[pruning],
+        callbacks=[GradualPruning([module[0]], ramp)] if pruned else [],
     )
 
 
@@ -69,5 +70,30 @@ def main(out: Path) -> None:
     assert run.steps == fresh.steps == 8
 
 
+def main_sharded(out: Path) -> None:
+    with processes("gloo") as rank:
+        module = sharded(network())
+        run = trainer(module, pruned=False)
+        losses = run.run(5)
+        run.save(out / "checkpoint")
+        losses += run.run(8)
+        # a process holds half of every weight and of its moments
+        for weight in module.parameters():
+            assert 2 * weight.to_local().numel() <= weight.numel() + weight.numel() // weight.shape[0]
+            assert run.optimizer.state[weight]["exp_avg"].to_local().shape == weight.to_local().shape
+        ended = whole(module.state_dict())
+        if rank == 0:
+            safetensors_file.write(
+                out / "final.safetensors", ended | {"losses": torch.tensor(losses, dtype=torch.float64)}
+            )
+        fresh = trainer(sharded(network()), pruned=False)
+        fresh.resume(out / "checkpoint")
+        fresh.run(8)
+        for name, tensor in whole(fresh.module.state_dict()).items():
+            assert torch.equal(tensor, ended[name]), name
+        if rank == 0:
+            (out / "resumed").touch()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (main_sharded if sys.argv[2:] == ["sharded"] else main)(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pennyweight.train import optim, schedules
     from pennyweight.train.constrained import data_constrained
-    from pennyweight.train.distributed import processes
+    from pennyweight.train.distributed import processes, sharded, whole
     from pennyweight.train.dynamic import DynamicSparsity
     from pennyweight.train.loop import Trainer, next_token_loss
     from pennyweight.train.optim import effective_step
@@ -25,7 +25,9 @@ _WHERE = {
     "next_token_loss": "loop",
     "processes": "distributed",
     "qat": "quantized",
+    "sharded": "distributed",
     "two_stage": "samples",
+    "whole": "distributed",
 }
 _MODULES = ("optim", "schedules")
 
@@ -41,7 +43,9 @@ __all__ = [
     "processes",
     "qat",
     "schedules",
+    "sharded",
     "two_stage",
+    "whole",
 ]
 
 

@@ -1,7 +1,8 @@
 """Checkpoints of a training run: ``state.safetensors`` and ``state.json``, which together resume it bit for bit.
 
 Held are the state dicts of module and optimizer, the callbacks', how far training has come, and torch's random numbers
-in each process. Floats in the JSON are written with all their digits. Nothing is pickled.
+in each process. Floats in the JSON are written with all their digits. Nothing is pickled. What processes share is put
+together first and dealt out again afterwards, so that a checkpoint does not know how many there were.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from pennyweight.errors import ModelError, OptionError, OutputError
 from pennyweight.model import safetensors_file
 from pennyweight.safe_write import staged
-from pennyweight.train.distributed import rank, world
+from pennyweight.train.distributed import dealt_like, rank, whole, world
 
 _TENSORS, _PLAIN = "state.safetensors", "state.json"
 _FORMAT = 1
@@ -37,10 +38,11 @@ def save(
 ) -> None:
     """See `Trainer.save`."""
     random = _random_states(module)
+    weights, moments = whole(module.state_dict()), whole(optimizer.state_dict())  # all take part in this
     failure: Exception | None = None
     if rank() == 0:
         try:
-            _write(directory, module, optimizer, callbacks, place, random)
+            _write(directory, weights, moments, callbacks, place, random)
         except (OptionError, ModelError, OutputError) as error:
             failure = error
     if world() > 1:  # so that the others neither run ahead of a checkpoint nor wait for ever for one that failed
@@ -54,8 +56,8 @@ def save(
 
 def _write(
     directory: Path,
-    module: nn.Module,
-    optimizer: Optimizer,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Any],
     callbacks: Sequence[object],
     place: Mapping[str, int],
     random: Mapping[str, Tensor],
@@ -63,12 +65,12 @@ def _write(
     held = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
     if strange := sorted(held - {_TENSORS, _PLAIN}):
         raise OutputError(f"{directory}: holds {strange[0]}, which is no checkpoint's; give a directory of its own")
-    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()} | dict(random)
+    tensors = {f"module.{name}": tensor for name, tensor in weights.items()} | dict(random)
     plain = {
         "format": _FORMAT,
         "processes": world(),
         **place,
-        "optimizer": _plain(optimizer.state_dict(), "optimizer", tensors),
+        "optimizer": _plain(moments, "optimizer", tensors),
         "callbacks": [
             _plain(callback.state_dict(), f"callbacks.{index}", tensors) if isinstance(callback, _Stateful) else None
             for index, callback in enumerate(callbacks)
@@ -92,17 +94,23 @@ def load(
     if len(plain["callbacks"]) != len(callbacks):
         raise ModelError(f"{directory}: holds {len(plain['callbacks'])} callbacks, and there are {len(callbacks)}")
     weights = {name.removeprefix("module."): found for name, found in tensors.items() if name.startswith("module.")}
-    _check_fits(directory, weights, module.state_dict())
+    here = module.state_dict()
+    _check_fits(directory, weights, here)
     state = _restored(plain["optimizer"], tensors)
     # JSON has no tuples, and knows names only
     state["state"] = {int(index): found for index, found in state["state"].items()}
-    for group, here in zip(state["param_groups"], optimizer.param_groups, strict=False):
-        group.update({name: tuple(value) for name, value in group.items() if isinstance(here.get(name), tuple)})
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        group.update({name: tuple(value) for name, value in group.items() if isinstance(own.get(name), tuple)})
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, weight in enumerate(trained):
+        for name, held in state["state"].get(index, {}).items():
+            if isinstance(held, Tensor):
+                state["state"][index][name] = dealt_like(held, weight)
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:
         raise ModelError(f"{directory}: the checkpoint of another optimizer ({error})") from error
-    module.load_state_dict(weights)
+    module.load_state_dict({name: dealt_like(tensor, here[name]) for name, tensor in weights.items()})
     for callback, found in zip(callbacks, plain["callbacks"], strict=True):
         if isinstance(callback, _Stateful) and found is not None:
             callback.load_state_dict(_restored(found, tensors))

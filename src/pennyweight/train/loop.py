@@ -1,7 +1,8 @@
 """A training loop: accumulation, clipping, bfloat16, schedules, several processes, and resuming to the last bit.
 
-Plain PyTorch underneath: any `torch.optim.Optimizer`, ``DistributedDataParallel`` under ``torchrun``. What to do
-between steps is the caller's: ``run`` to a step, look, and ``run`` on.
+Plain PyTorch underneath: any `torch.optim.Optimizer`, ``DistributedDataParallel`` under ``torchrun``, or FSDP2 for a
+module that was dealt out (`pennyweight.train.sharded`). What to do between steps is the caller's: ``run`` to a step,
+look, and ``run`` on.
 
 Shape letters: B samples in a batch.
 """
@@ -24,7 +25,7 @@ from torch.optim import Optimizer
 from pennyweight.errors import ModelError, OptionError, ShapeError
 from pennyweight.evaluate.forward import native_dtype
 from pennyweight.train import checkpoint
-from pennyweight.train.distributed import at_parting, rank, world
+from pennyweight.train.distributed import at_parting, is_sharded, rank, world
 from pennyweight.train.samples import Batch, Stream
 from pennyweight.train.schedules import Schedule
 
@@ -53,7 +54,8 @@ class Trainer:
         trainer.run(1000)
 
     Args:
-        module: to train; its parameters stay the objects they are.
+        module: to train; its parameters stay the objects they are. One that processes are to share is dealt out before
+            its optimizer is made: ``sharded(module)``.
         optimizer: of its parameters.
         stream: of samples; see `Samples`, `two_stage`.
         batch: samples a step, over all processes.
@@ -103,7 +105,8 @@ class Trainer:
         self.dtype = torch.bfloat16 if lower else None
         self.steps = self.samples = self.tokens = 0
         self._called: nn.Module = module
-        if world() > 1:
+        self._sharded = is_sharded(module)
+        if world() > 1 and not self._sharded:
             self._called = DistributedDataParallel(module)
             at_parting(self._alone)
         self._weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -186,6 +189,9 @@ class Trainer:
 
     def _waiting(self, more: bool) -> AbstractContextManager[Any]:
         """Gradients are summed over processes once a step, with those of the last part."""
+        if self._sharded:
+            self.module.set_requires_gradient_sync(not more)  # type: ignore[operator]  # of FSDPModule
+            return nullcontext()
         return self._called.no_sync() if more and isinstance(self._called, DistributedDataParallel) else nullcontext()
 
     def save(self, directory: str | Path) -> None:
