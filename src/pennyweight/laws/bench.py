@@ -2,7 +2,8 @@
 
 A sweep is a grid of settings; each run's loss curve is kept as JSON under a name that is a hash of all it depends on,
 so that a sweep asked for twice costs nothing, and one that was stopped goes on where it was. Runs share nothing and go
-side by side: through Ray where it is installed and started, else in a pool of processes of one thread each.
+side by side on one thread each: through Ray where it is installed (the extra ``ray``), on the machines of a cluster
+that one has joined or on this one alone, else in a pool of processes.
 
     rows = bench.sweep(bench.grid(width=(16, 32, 64), steps=(200, 800), seed=(0,)))
     law = laws.fit(bench.points(rows), "chinchilla")
@@ -24,12 +25,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pennyweight.errors import DataError, OptionError
+from pennyweight.errors import DataError, MissingExtraError, OptionError
 from pennyweight.safe_write import write_text
 
 #: Changes whenever a run of the same settings would give other numbers.
 VERSION = 1
 ScheduleName = Literal["cosine", "constant", "wsd", "power"]
+Way = Literal["ray", "processes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +209,7 @@ def sweep(
     *,
     cache: str | Path | None = None,
     workers: int | None = None,
+    through: Way | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
     """Records of all runs, in order; those in ``cache`` are read, the rest are made.
@@ -214,11 +217,14 @@ def sweep(
     Args:
         runs: settings.
         cache: a directory of JSON files; None keeps nothing.
-        workers: processes; 1 stays in this one, None takes half of the processors (Ray, where started, decides itself).
+        workers: runs at once; 1 stays in this process, None takes half of the processors (of a Ray cluster: all).
+        through: "ray" or "processes"; None for Ray where it is installed, else processes. A Ray that nobody started is
+            started here, without a dashboard and without telling anybody, and stopped again.
         report: called with the runs done and all of them.
 
     Raises:
         DataError: a damaged record.
+        MissingExtraError: Ray was asked for and is not installed.
     """
     place = None if cache is None else Path(cache)
     found: dict[Run, Record] = {}
@@ -227,7 +233,7 @@ def sweep(
             found[run] = read(path)
     left = list(dict.fromkeys(run for run in runs if run not in found))
     done = len(found)
-    for record in _side_by_side(left, workers):
+    for record in _side_by_side(left, workers, through):
         found[record.run] = record
         done += 1
         if place is not None:
@@ -238,34 +244,52 @@ def sweep(
     return [found[run] for run in runs]
 
 
-def _side_by_side(runs: Sequence[Run], workers: int | None) -> Iterable[Record]:
-    if not runs:
-        return
-    if (ray := _ray()) is not None and workers is None:
+def _side_by_side(runs: Sequence[Run], workers: int | None, through: Way | None) -> Iterable[Record]:
+    if through not in (None, "ray", "processes"):
+        raise OptionError(f"bench: through = {through!r}; give ray, processes or None")
+    if workers is not None and workers < 1:
+        raise OptionError(f"bench: workers = {workers}; give 1 or more")
+    ray = None if through == "processes" else _ray(needed=through == "ray")
+    count = min(len(runs), max(1, (os.cpu_count() or 2) // 2) if workers is None else workers)
+    if through is None and count <= 1 and not (ray is not None and workers is None and ray.is_initialized()):
+        yield from map(train, runs)
+    elif ray is not None:
+        yield from _by_ray(ray, runs, count, workers)
+    else:
+        # spawned: a fork of a process that has run torch may hang
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(train, runs)
+
+
+def _by_ray(ray: Any, runs: Sequence[Run], count: int, workers: int | None) -> Iterable[Record]:
+    ours = not ray.is_initialized()
+    if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
         remote = ray.remote(num_cpus=1)(train)
-        waiting = [remote.remote(run) for run in runs]
-        while waiting:
+        left = list(reversed(runs))
+        waiting: list[Any] = []
+        most = len(runs) if workers is None else workers
+        while left or waiting:
+            while left and len(waiting) < most:
+                waiting.append(remote.remote(left.pop()))
             ready, waiting = ray.wait(waiting)
             yield from ray.get(ready)
-        return
-    count = max(1, (os.cpu_count() or 2) // 2) if workers is None else workers
-    if count < 1:
-        raise OptionError(f"bench: workers = {workers}; give 1 or more")
-    if count == 1 or len(runs) == 1:
-        yield from map(train, runs)
-        return
-    # spawned: a fork of a process that has run torch may hang
-    with ProcessPoolExecutor(min(count, len(runs)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(train, runs)
+    finally:
+        if ours:
+            ray.shutdown()
 
 
-def _ray() -> Any:
-    """Ray, where it is installed and somebody started it."""
+def _ray(*, needed: bool) -> Any:
+    """Ray, where it is installed."""
     try:
         import ray  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
+    except ImportError as error:
+        if needed:
+            raise MissingExtraError("bench: Ray is not installed; pip install 'pennyweight[ray]'") from error
         return None
-    return ray if ray.is_initialized() else None
+    return ray
 
 
 def plain(record: Record) -> dict[str, Any]:
