@@ -3,11 +3,12 @@
     python benchmarks/engines.py [--fitted DIRECTORY] [--torchao PYTHON] [--llama PYTHON] [--rounds 3]
                                  [--only WORD ...]
 
-PYTHON is the interpreter of a virtual environment that has `torchao` and `transformers`, or `llama-cpp-python`; a rival
-without one is left out. A prompt of 128 tokens and 64 tokens after it, greedy, batch 1; the first three rivals through
-`generate`. Rounds go through all rivals in turn; the median is shown, with the extremes. "share" is of what memory
-allows: bytes of weights read a token over the bandwidth measured here. Load is from the call to the model in memory,
-files in the page cache; peak is of the process. Weights are rounded to nearest: this is about speed alone.
+PYTHON is the interpreter of a virtual environment that has `torchao` and `transformers`, or `llama-cpp-python`; a
+rival without one is left out. A prompt of 128 tokens (and one of 512, but for the compiled model, which would be
+compiled once more) and 64 tokens after it, greedy, batch 1; all but llama.cpp through `generate`. Rounds go through
+all rivals in turn; the median is shown, with the extremes. "share" is of what memory allows: bytes of weights read a
+token over the bandwidth measured here. Load is from the call to the model in memory, files in the page cache; peak is
+of the process. Weights are rounded to nearest: this is about speed alone.
 """
 
 from __future__ import annotations
@@ -37,19 +38,21 @@ def peak():
 """
 GENERATE = """
 import torch
-ids = torch.arange(1000, 1128)[None]
-def run(count, **options):
+short, long = torch.arange(1000, 1128)[None], torch.arange(1000, 1512)[None]
+def run(count, ids=short, **options):
     start = time.perf_counter()
     with torch.no_grad():
         model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, **options)
     return time.perf_counter() - start
-def measure(**options):
+def measure(both=True, **options):
     start = time.perf_counter()
     run(4, **options), run(4, **options)
     warm = time.perf_counter() - start
-    first = min(run(1, **options) for _ in range(3))
+    first = min(run(1, **options) for _ in range(5))
+    longer = min(run(1, long, **options) for _ in range(4)) if both else float("nan")
     decode = (min(run(65, **options) for _ in range(2)) - first) / 64
-    print(json.dumps({"load": loaded, "warm": warm, "prefill": 128 / first, "decode": 1 / decode, "peak": peak()}))
+    print(json.dumps({"load": loaded, "warm": warm, "prefill": 128 / first, "longer": 512 / longer,
+                      "decode": 1 / decode, "peak": peak()}))
 """
 PLAIN = """
 import transformers
@@ -76,19 +79,19 @@ quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=64))
 loaded = time.perf_counter() - start
 if sys.argv[2] == "compile":
     model.forward = torch.compile(model.forward)
-    measure(cache_implementation="static")
+    measure(both=False, cache_implementation="static")
 else:
     measure()
 """
 LLAMA = """
 import llama_cpp
 start = time.perf_counter()
-model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=2, n_threads_batch=2, verbose=False)
+model = llama_cpp.Llama(sys.argv[1], n_ctx=640, n_threads=2, n_threads_batch=2, verbose=False)
 loaded = time.perf_counter() - start
-def run(count):
+def run(count, prompt=128):
     model.reset()
     start = time.perf_counter()
-    model.eval(list(range(1000, 1128)))
+    model.eval(list(range(1000, 1000 + prompt)))
     first = time.perf_counter() - start
     for _ in range(count):
         model.eval([model.sample(temp=0.0)])
@@ -97,7 +100,8 @@ start = time.perf_counter()
 run(2)
 warm = time.perf_counter() - start
 runs = [run(64) for _ in range(3)]
-print(json.dumps({"load": loaded, "warm": warm, "prefill": 128 / min(a for a, _ in runs),
+longer = min(run(1, 512)[0] for _ in range(3))
+print(json.dumps({"load": loaded, "warm": warm, "prefill": 128 / min(a for a, _ in runs), "longer": 512 / longer,
                   "decode": 1 / min(b for _, b in runs), "peak": peak()}))
 """
 
@@ -162,6 +166,11 @@ def main() -> None:
             where = home / name.replace(" ", "-")
             save(rounded(source, form, grid(8)), where)
             add(name, sys.executable, GENERATE + OURS, where, held(where))
+        shrunk = rounded(source, grid(4), grid(8))
+        del shrunk.module.model.layers[24:]  # type: ignore[union-attr]
+        shrunk.module.config.num_hidden_layers = 24
+        save(shrunk, home / "shrunk")
+        add("24 of 30 blocks, 4 bits g64", sys.executable, GENERATE + OURS, home / "shrunk", held(home / "shrunk"))
         if asked.torchao:
             bits = source.module.num_parameters() * 9 // 16  # a scale and a zero in bfloat16 for 64 weights
             add("torchao int4 g64", asked.torchao, GENERATE + TORCHAO, home / "plain", bits, "eager")
@@ -197,7 +206,8 @@ def main() -> None:
         print(
             f"{name:28} {rivals[name][1] / 1e6:6.1f} MB  decode {middle['decode']:6.1f} ({min(rates):.1f} to "
             f"{max(rates):.1f}), x {middle['decode'] / first['decode']:.2f}, {share:4.0%} of the limit; prefill "
-            f"{middle['prefill']:6.0f}, x {middle['prefill'] / first['prefill']:.2f}; load {middle['load']:.2f} s, "
+            f"{middle['prefill']:6.0f}, x {middle['prefill'] / first['prefill']:.2f}, of 512 tokens "
+            f"{middle['longer']:6.0f}, x {middle['longer'] / first['longer']:.2f}; load {middle['load']:.2f} s, "
             f"warm-up {middle['warm']:.1f} s, peak {middle['peak']:.0f} MB"
         )
 
