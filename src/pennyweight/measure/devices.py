@@ -58,7 +58,8 @@ class Device:
         call_seconds: what one call of the framework takes besides; 0 for the data sheet's ideal.
         plain_bytes_per_second: of operations that are no products, as the framework runs them one by one; None for
             ``bytes_per_second``.
-        attention_flops_per_second: of fused attention; None for the peak.
+        attention_flops_per_second: of fused attention by precision and stage ("fp16 decode": one query, which is far
+            from the peak); where one is not there, the peak counts.
         products: measured products; empty for the ideal.
         threads: that it was measured with; None for a data sheet.
     """
@@ -72,7 +73,7 @@ class Device:
     aliases: tuple[str, ...] = ()
     call_seconds: float = 0.0
     plain_bytes_per_second: float | None = None
-    attention_flops_per_second: float | None = None
+    attention_flops_per_second: Mapping[str, float] = field(default_factory=dict)
     products: tuple[Timed, ...] = field(default=(), repr=False)
     threads: int | None = None
 
@@ -119,7 +120,8 @@ class Device:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as a profile's file has it."""
-        return asdict(self) | {"flops_per_second": dict(self.flops_per_second)}
+        speeds = {name: dict(getattr(self, name)) for name in ("flops_per_second", "attention_flops_per_second")}
+        return asdict(self) | speeds
 
 
 def _between(curve: Mapping[int, float], at: float) -> float:
@@ -149,8 +151,12 @@ def from_json(found: Any, where: str) -> Device:
         timed = [Timed(one["precision"], one["rows"], tuple(one["shape"]), one["seconds"]) for one in
                  values.pop("products", ())]  # fmt: skip
         flops = {str(name): float(speed) for name, speed in values.pop("flops_per_second").items()}
+        attention = {str(name): float(speed) for name, speed in values.pop("attention_flops_per_second", {}).items()}
         aliases = tuple(values.pop("aliases", ()))
-        return Device(**values, flops_per_second=flops, aliases=aliases, products=tuple(timed))
+        return Device(
+            **values, flops_per_second=flops, attention_flops_per_second=attention, aliases=aliases,
+            products=tuple(timed),
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, OptionError):
             raise

@@ -283,7 +283,7 @@ def roofline(
     bits = precision if isinstance(precision, Widths) else Widths() if precision is None else widths(precision)
     one = Pass(stage, batch, context, bits, there.measured if fused is None else fused, there.buffer_bytes, compat)
     kind = _precision(found, bits)
-    rows = tuple(_bounded(operation, there, kind) for operation in operations(found, one))
+    rows = tuple(_bounded(operation, there, kind, stage) for operation in operations(found, one))
     framework = 0.0
     if there.measured:
         if isinstance(model, Skeleton):
@@ -304,7 +304,7 @@ def _precision(found: Skeleton, bits: Widths) -> str:
     return "int8" if max(stored) <= 8 else "fp16" if inputs <= 16 else "fp32"
 
 
-def _bounded(operation: Operation, device: Device, precision: str) -> Bounded:
+def _bounded(operation: Operation, device: Device, precision: str, stage: Stage) -> Bounded:
     machine = Machine(device.peak(precision), device.bytes_per_second, device.threads or 0, precision)
     least = bound(operation.flops, operation.moved, machine)
     if not device.measured:
@@ -313,7 +313,8 @@ def _bounded(operation: Operation, device: Device, precision: str) -> Bounded:
         timed = device.product_seconds(precision, operation.rows, operation.shape)
         return Bounded(operation, least, least.seconds if timed is None else timed)
     if operation.role == "attention.fused":
-        computing = operation.flops / (device.attention_flops_per_second or machine.flops_per_second)
+        speed = device.attention_flops_per_second.get(f"{precision} {stage}", machine.flops_per_second)
+        computing = operation.flops / speed
         return Bounded(operation, least, max(computing, operation.moved / device.bytes_per_second))
     return Bounded(operation, least, 0.0)  # counted call by call, as the framework runs it
 

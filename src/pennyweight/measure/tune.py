@@ -37,6 +37,12 @@ _STREAMED = 128 * 10**6  # bytes of weights a pass: more than caches hold
 _WORK = 4 * 10**9  # FLOPs a pass at most
 _LARGE = 10**6  # rows times M: larger products are only more of the same
 _ROUNDS = 7
+_SEEN = 256  # positions that attention is timed with
+_ATTENTION = {
+    f"{kind} {stage}": (dtype, queries)
+    for kind, dtype in _DTYPES.items()
+    for stage, queries in (("prefill", _SEEN), ("decode", 1))
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ class Tuning:
 
     def __init__(self) -> None:
         self._products: dict[Point, list[float]] = {}
-        self._others: list[tuple[float, float, float]] = []
+        self._others: list[tuple[float, float]] = []
+        self._attention: list[dict[str, float]] = []
 
     def measure(self) -> None:
         """One more round."""
@@ -124,10 +131,11 @@ class Tuning:
                         point = Point(kind, tall, rows)
                         self._products.setdefault(point, []).append(_product(store, point))
         self._others.append(_between())
+        self._attention.append({name: _attention(*setting) for name, setting in _ATTENTION.items()})
 
     def device(self) -> Device:
         """What the rounds so far show."""
-        call, plain, attention = (median(values) for values in zip(*self._others, strict=True))
+        call, plain = (median(values) for values in zip(*self._others, strict=True))
         machines = {kind: roofline.this_machine(dtype) for kind, dtype in _DTYPES.items()}
         shortest = {point: min(seconds) for point, seconds in self._products.items()}
         moved = [point.bytes / seconds for point, seconds in shortest.items()]
@@ -144,7 +152,9 @@ class Tuning:
             memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
             call_seconds=call,
             plain_bytes_per_second=1 / plain,
-            attention_flops_per_second=1 / attention,
+            attention_flops_per_second={
+                name: 1 / median(seconds[name] for seconds in self._attention) for name in _ATTENTION
+            },
             products=tuple(
                 Timed(point.kind, point.rows, (point.tall, _INPUTS), median(seconds))
                 for point, seconds in self._products.items()
@@ -169,8 +179,8 @@ def _product(store: Tensor, point: Point) -> float:
 
 
 @torch.no_grad()
-def _between() -> tuple[float, float, float]:
-    """Seconds of a call, of a byte that plain operations move, and of a FLOP of fused attention."""
+def _between() -> tuple[float, float]:
+    """Seconds of a call, and of a byte that plain operations move."""
     config = LlamaConfig(
         hidden_size=48, intermediate_size=64, num_hidden_layers=12, num_attention_heads=3, num_key_value_heads=1,
         vocab_size=64,
@@ -188,10 +198,17 @@ def _between() -> tuple[float, float, float]:
     count, moved, _ = calls.counted(plain)
     plain()
     seconds = roofline.best(plain, repeats=2) - count * call / 4  # alone, a call is cheaper than in a model
-    heads = torch.ones(1, 8, 256, 64)
+    return call, max(seconds, 1e-6) / moved
+
+
+@torch.no_grad()
+def _attention(dtype: torch.dtype, queries: int) -> float:
+    """Seconds of a FLOP of fused attention: of all of a prompt, or of one token to all before it."""
+    heads = torch.ones(1, 8, _SEEN, 64, dtype=dtype)
+    asking = heads[:, :, -queries:]
 
     def attend() -> Tensor:
-        return functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return functional.scaled_dot_product_attention(asking, heads, heads, is_causal=queries == _SEEN)
 
-    pairs = 256 * 257 / 2
-    return call, max(seconds, 1e-6) / moved, roofline.best(attend, repeats=2) / (4 * 8 * 64 * pairs)
+    pairs = _SEEN * (_SEEN + 1) / 2 if queries == _SEEN else _SEEN
+    return roofline.best(attend, repeats=4) / (4 * 8 * 64 * pairs)
