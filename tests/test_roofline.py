@@ -244,7 +244,8 @@ def test_a_measured_device_adds_up_products_attention_calls_and_the_bytes_betwee
     timed = tuple(Timed("fp32", rows, (8, 8), 64 * rows * 1e-6) for rows in (1, 64))  # a microsecond a number and row
     device = Device(
         name="x", source="y", flops_per_second={"fp32": 1e30}, bytes_per_second=1e30, products=timed, threads=1,
-        call_seconds=1e-3, plain_bytes_per_second=1e6, attention_flops_per_second={"fp32 decode": 1e9, "fp16 decode": 1},
+        call_seconds=1e-3, plain_bytes_per_second=1e6,
+        attention_flops_per_second={"fp32 decode": 1e9, "fp16 decode": 1, "fp32 prefill": 1},
     )  # fmt: skip
     found = roofline.roofline(module, device=device, batch=2, context=7)
     products = sum(row.operation.rows * math.prod(row.operation.shape) for row in found.rows if row.operation.rows)
