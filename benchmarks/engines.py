@@ -1,14 +1,14 @@
 """Speed of whole engines on one model, each in a process of its own: plain `transformers`, ours, torchao, llama.cpp.
 
-    python benchmarks/engines.py [--fitted DIRECTORY] [--torchao PYTHON] [--llama PYTHON] [--rounds 3]
-                                 [--only WORD ...]
+    python benchmarks/engines.py [--fitted DIRECTORY] [--peers FOLDER] [--torchao PYTHON] [--llama PYTHON]
+                                 [--rounds 3] [--only WORD ...]
 
-PYTHON is the interpreter of a virtual environment that has `torchao` and `transformers`, or `llama-cpp-python`; a
-rival without one is left out. A prompt of 128 tokens (and one of 512, but for the compiled model, which would be
-compiled once more) and 64 tokens after it, greedy, batch 1; all but llama.cpp through `generate`. Rounds go through
-all rivals in turn; the median is shown, with the extremes. "share" is of what memory allows: bytes of weights read a
-token over the bandwidth measured here. Load is from the call to the model in memory, files in the page cache; peak is
-of the process. Weights are rounded to nearest: this is about speed alone.
+FOLDER is where environments with torchao and llama-cpp-python are made, or lie from an earlier run; PYTHON is the
+interpreter of one that has the rival. Rivals without either are left out. A prompt of 128 tokens (and one of 512, but
+for the compiled model, which would be compiled once more) and 64 tokens after it, greedy, batch 1; all but llama.cpp
+through `generate`. Rounds go through all rivals in turn; the median is shown, with the extremes. "share" is of what
+memory allows: bytes of weights read a token over the bandwidth measured here. Load is from the call to the model in
+memory, files in the page cache; peak is of the process. Weights are rounded to nearest: this is about speed alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peers import interpreter
 
 from pennyweight.export import export
 from pennyweight.measure import roofline
@@ -145,9 +146,13 @@ def main() -> None:
     parser.add_argument("--fitted", help="a directory that `pennyweight fit` wrote")
     parser.add_argument("--torchao", help="an interpreter that has torchao")
     parser.add_argument("--llama", help="an interpreter that has llama_cpp")
+    parser.add_argument("--peers", type=Path, help="make the environments of both there, or find them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rivals whose names have one of these")
     asked = parser.parse_args()
+    if asked.peers:
+        asked.torchao = asked.torchao or interpreter("torchao", asked.peers)
+        asked.llama = asked.llama or interpreter("llama", asked.peers)
     bandwidth = roofline.this_machine(torch.float32).bytes_per_second
     with tempfile.TemporaryDirectory() as folder:
         home, source = Path(folder), load(asked.model)
