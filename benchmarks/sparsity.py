@@ -48,6 +48,7 @@ class Method:
 
 #: Of all that train: 24,576 tokens, each seen once.
 _TRAINED: dict[str, Any] = {"steps": 24, "batch": 8, "windows": 192}
+_AST: dict[str, Any] = {**_TRAINED, "rate": 1e-4, "warmup": 0.2}
 METHODS = {
     "magnitude-50": Method("magnitude", "50 %", "prune.magnitude", {"sparsity": 0.5}),
     "wanda-50": Method("Wanda", "50 %", "prune.wanda", {"sparsity": 0.5}),
@@ -57,25 +58,18 @@ METHODS = {
     "wanda-24": Method("Wanda", "2:4", "prune.wanda", {"pattern": "2:4"}),
     "sparsegpt-24": Method("SparseGPT", "2:4", "prune.sparsegpt", {"pattern": "2:4"}),
     "trained-24": Method(
-        "SparseGPT, what it keeps trained",
-        "2:4",
-        "prune.ast",
-        {**_TRAINED, "rate": 3e-4, "prior": "sparsegpt", "every": 0, "decay": 0.0},
-    ),
-    "ast-24": Method("AST", "2:4", "prune.ast", {**_TRAINED, "rate": 3e-4, "every": 4, "score": "wanda"}),
-    "ast-sparsegpt-24": Method(
-        "AST from SparseGPT", "2:4", "prune.ast", {**_TRAINED, "rate": 3e-4, "every": 4, "prior": "sparsegpt"}
-    ),
+        "SparseGPT, then what it keeps trained", "2:4", "prune.ast",
+        {**_AST, "prior": "sparsegpt", "every": 0, "decay": 0.0},
+    ),  # fmt: skip
+    "ast-24": Method("AST", "2:4", "prune.ast", {**_AST, "every": 4, "score": "wanda"}),
+    "ast-sparsegpt-24": Method("AST from SparseGPT", "2:4", "prune.ast", {**_AST, "every": 4, "prior": "sparsegpt"}),
     "ast-slorb-24": Method(
-        "AST, boosted (SLoRB)",
-        "2:4 + 1/16",
-        "prune.ast",
-        {**_TRAINED, "rate": 3e-4, "every": 4, "score": "wanda", "group": 16},
+        "AST, boosted (SLoRB)", "2:4 + 1/16", "prune.ast", {**_AST, "every": 4, "score": "wanda", "group": 16}
     ),
     "mask-24": Method("SparseGPT's masks, weights as they were", "2:4", "prune.maskllm", {"steps": 0}),
     "maskllm-24": Method("MaskLLM from SparseGPT's masks", "2:4", "prune.maskllm", {**_TRAINED, "rate": 5e-3}),
     "nowag-24": Method("NoWag, with its two sides", "2:4 + 7 %", "prune.armor", {"iterations": 0}),
-    "armor-24": Method("ARMOR, 100 iterations", "2:4 + 7 %", "prune.armor", {"iterations": 100}),
+    "armor-24": Method("ARMOR, 60 iterations", "2:4 + 7 %", "prune.armor", {"iterations": 60}),
     "minilm-magnitude": Method("magnitude", "50 %", "prune.magnitude", {"sparsity": 0.5}, "minilm-l6"),
     "minilm-wanda": Method("Wanda", "50 %", "prune.wanda", {"sparsity": 0.5}, "minilm-l6"),
     "minilm-sparsegpt": Method("SparseGPT", "50 %", "prune.sparsegpt", {"sparsity": 0.5}, "minilm-l6"),
