@@ -83,6 +83,23 @@ def test_a_permuted_copy_fuses_to_the_function_it_had_and_plain_averaging_does_n
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_fusing_averages_what_belongs_together(family):
+    module = build(family)
+    other, noisy = shuffled(module), around(module, 5, 0.002)
+    ids = torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(1))
+    mean = copy.deepcopy(module)
+    with torch.no_grad():
+        for one, off in zip(mean.parameters(), noisy.parameters(), strict=True):
+            one.lerp_(off, 0.75)
+    wanted = logits(mean, family)
+    size = float(wanted.norm())
+    found = logits(fuse(noisy, other, ids, alpha=0.25), family)
+    assert float((found - wanted).norm()) < 1e-5 * size
+    for parent in (noisy, other):  # neither alone would do
+        assert float((logits(parent, family) - wanted).norm()) > 1e-3 * size
+
+
 def test_a_model_with_every_neuron_twice_fuses_into_the_narrow_one():
     import transformers
 

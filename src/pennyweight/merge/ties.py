@@ -49,7 +49,8 @@ def shrink(delta: Tensor, bound: float) -> Tensor:
         return delta
     # what torch drops is at most a number, and not below it: so take the float32 before the bound
     below = float(torch.nextafter(torch.tensor(bound), torch.tensor(0.0)))
-    return torch.ops.aten.hardshrink.out(delta, below, out=delta)
+    torch.ops.aten.hardshrink.out(delta, below, out=delta)
+    return delta
 
 
 def trim(weights: Tensor, scores: Tensor, least: Sequence[float]) -> Tensor:
