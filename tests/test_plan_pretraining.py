@@ -133,8 +133,23 @@ def test_text_page_and_json(capsys, tmp_path):
     assert found["answers"][0]["intervals"]["N"][0] < found["answers"][0]["N"]
     page = out.read_text()
     assert "<script" not in page
-    assert page.count("<polyline") == 3
+    pictures = page.split("<svg ")[1:]
+    assert ["equal compute" in pictures[0], "equal loss" in pictures[1], "lifetime FLOPs" in pictures[2]] == [True] * 3
+    assert pictures[0].count("<polyline") == 3
+    assert pictures[1].count("<polyline") >= 4  # lines of equal loss
+    assert pictures[2].count("<circle") == len(found["alternatives"])
+    assert all('class="chosen"' in picture for picture in pictures[1:])
     assert "Alternatives" in page
+
+
+def test_lines_of_equal_loss_touch_their_budgets():
+    plan = pw.plan.training(4e21)
+    law = published.refit()
+    for loss, line in plan.surface.items():
+        predicted = [law(N=n, D=d) for n, d in line]
+        assert predicted == pytest.approx([float(loss)] * len(line), abs=6e-4)  # the name is rounded
+    touching = list(plan.surface.values())[2]
+    assert min(6 * n * d for n, d in touching) == pytest.approx(4e21, rel=2e-2)
 
 
 def test_bad_budgets_are_refused_in_one_line(capsys):

@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from pennyweight import laws
 from pennyweight.errors import BudgetError, OptionError
 from pennyweight.laws import flops as accounting
@@ -124,6 +126,8 @@ class TrainingPlan:
         warmup_steps: of them.
         reason: why this alternative.
         warnings: what must be known.
+        contours: loss against size at a tenth of the budget, at it and at ten times, by compute.
+        surface: tokens against size where the predicted loss is the same, by loss.
     """
 
     budget: dict[str, Any]
@@ -141,6 +145,7 @@ class TrainingPlan:
     reason: str
     warnings: list[str] = field(default_factory=list)
     contours: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
+    surface: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
 
     @property
     def spread(self) -> dict[str, tuple[float, float]]:
@@ -301,6 +306,7 @@ def training(
         reason=reason,
         warnings=warnings,
         contours=_contours(chosen_law, compute),
+        surface=_surface(chosen_law, compute),
     )  # fmt: skip
 
 
@@ -529,6 +535,18 @@ def _contours(law: Law, compute: float) -> dict[str, list[tuple[float, float]]]:
         best = optimal.allocate(law, compute * factor)
         sizes = [best.N * 10 ** (step / 20) for step in range(-24, 25)]
         found[f"{compute * factor:.2g} FLOPs"] = [(n, float(law(N=n, D=compute * factor / (6 * n)))) for n in sizes]
+    return found
+
+
+def _surface(law: Law, compute: float) -> dict[str, list[tuple[float, float]]]:
+    """Lines of equal loss over size and tokens: those that touch the budget times 0.01 to 100 at its best split."""
+    middle = optimal.allocate(law, compute).N
+    sizes = [middle * 10 ** (step / 16) for step in range(-24, 25)]
+    found = {}
+    for factor in (0.01, 0.1, 1.0, 10.0, 100.0):
+        loss = optimal.allocate(law, compute * factor).loss
+        tokens = np.asarray(law.inverse("D", loss, N=np.array(sizes)))
+        found[f"{loss:.3f}"] = [(n, float(d)) for n, d in zip(sizes, tokens, strict=True) if 0 < d < math.inf]
     return found
 
 

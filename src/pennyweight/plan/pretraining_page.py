@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from pennyweight.plan.pretraining_text import HEADS, costs, interval, scaled
-from pennyweight.report.text import escape, table
+from pennyweight.report.text import escape, section, small, table
 
 if TYPE_CHECKING:
-    from pennyweight.plan.pretraining import TrainingPlan
+    from pennyweight.plan.pretraining import Alternative, TrainingPlan
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _FLOOR = 640, 320, 56, 20, 16, 280
 
@@ -56,22 +57,35 @@ def _sections(plan: TrainingPlan) -> Iterator[str]:
         for answer in plan.answers
     ]  # fmt: skip
     low, high = plan.spread["N"]
-    yield (
-        "<section><h2>What each law says</h2>"
-        f"<p>Sizes spread over a factor of {high / low:.2f}; the plan follows {escape(plan.law)}.</p>"
-        + table("Answers of the laws", ("law", "parameters", "tokens", "tokens a parameter", "its own loss"), rows)
-        + "</section>\n"
+    yield section(
+        "What each law says",
+        f"Sizes spread over a factor of {high / low:.2f}; the plan follows {escape(plan.law)}.",
+        table("Answers of the laws", ("law", "parameters", "tokens", "tokens a parameter", "its own loss"), rows),
     )
-    yield (
-        "<section><h2>Size at equal compute</h2><p>Predicted loss against parameters; the mark is the best size of "
-        f"each budget.</p>{curves(plan)}</section>\n"
+    yield section(
+        "Size at equal compute",
+        "Predicted loss against parameters; the marks are the best size of each budget.",
+        curves(plan),
+    )
+    yield section(
+        "Loss by size and tokens",
+        "Along each curve the predicted loss is the same; the straight line is the budget, the mark the plan.",
+        surface(plan),
+    )
+    cost = "all FLOPs of its life" if plan.budget["inference_tokens"] else "bytes to store"
+    yield section(
+        "What loss costs",
+        f"Predicted loss of the alternatives against {cost}; the line joins those that fit and that no other betters "
+        "at less cost.",
+        trade_off(plan),
     )
     cells = [[escape(cell) for cell in costs(one)] for one in plan.alternatives]
-    used = [at for at in range(len(HEADS)) if any(row[at] for row in cells)]
-    yield (
-        "<section><h2>Alternatives</h2>"
-        + table("Alternatives", [HEADS[at] for at in used], [[row[at] for at in used] for row in cells])
-        + "</section>\n"
+    used = [at for at in range(1, len(HEADS) - 1) if any(row[at] for row in cells)]
+    shown = [[row[0] + small(row[-1]), *(row[at] for at in used)] for row in cells]  # the remark below the name
+    yield section(
+        "Alternatives",
+        "Every way to spend the budget that was priced, with what keeps it from fitting.",
+        f'<div class="scroll">{table("Alternatives", [HEADS[0], *(HEADS[at] for at in used)], shown)}</div>',
     )
     shape = plan.shape
     settings = [
@@ -81,49 +95,122 @@ def _sections(plan: TrainingPlan) -> Iterator[str]:
         *((f"batch, {law}", f"{scaled(size)} tokens") for law, size in plan.batches.items()),
         *((f"peak rate, {law}", f"{rate:.3g}") for law, rate in plan.rates.items()),
         ("steps", f"{plan.steps:,}"),
-        ("schedule", plan.schedule),
     ]
     rows_ = [(escape(name), escape(value)) for name, value in settings]
-    yield "<section><h2>Settings</h2>" + table("Settings", ("setting", "value"), rows_) + "</section>\n"
+    yield section("Settings", f"Schedule: {escape(plan.schedule)}.", table("Settings", ("setting", "value"), rows_))
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The scales of a picture: logarithms across, and upward plain numbers or logarithms too."""
+
+    points: Sequence[tuple[float, float]]
+    log_up: bool = False
+
+    def _span(self, at: int) -> tuple[float, float]:
+        values = [math.log10(p[at]) if at == 0 or self.log_up else p[at] for p in self.points]
+        low, high = min(values), max(values)
+        return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+    def x(self, value: float) -> float:
+        low, high = self._span(0)
+        return round(_LEFT + (math.log10(value) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        low, high = self._span(1)
+        return round(_FLOOR - ((math.log10(value) if self.log_up else value) - low) / (high - low) * (_FLOOR - _TOP), 1)
+
+    def within(self, point: tuple[float, float]) -> bool:
+        (left, right), (low, high) = self._span(0), self._span(1)
+        up = math.log10(point[1]) if self.log_up else point[1]
+        return left <= math.log10(point[0]) <= right and low <= up <= high
+
+    def drawn(self, label: str, marks: Sequence[str]) -> str:
+        """The picture, axes first."""
+        lines = [
+            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" class="picture" '
+            f'aria-label="{escape(label)}">',
+            f'<line class="base" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_FLOOR}" y2="{_FLOOR}"/>',
+        ]
+        for value in _powers(*self._span(0)):
+            lines.append(
+                f'<text class="tick" x="{self.x(value)}" y="{_FLOOR + 18}" text-anchor="middle">{scaled(value)}</text>'
+            )
+        low, high = self._span(1)
+        for value in _powers(low, high) if self.log_up else _ticks(low, high):
+            at, said = self.y(value), scaled(value) if self.log_up else f"{value:.2f}"
+            lines.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at}" y2="{at}"/>')
+            lines.append(f'<text class="tick" x="{_LEFT - 8}" y="{at + 4}" text-anchor="end">{said}</text>')
+        return "\n".join([*lines, *marks, "</svg>"])
+
+    def line(self, points: Sequence[tuple[float, float]], title: str) -> str:
+        path = " ".join(f"{self.x(across)},{self.y(up)}" for across, up in points)
+        return f'<polyline class="frontier" fill="none" points="{path}"><title>{escape(title)}</title></polyline>'
+
+    def dot(self, point: tuple[float, float], title: str, kind: str = "candidate") -> str:
+        x, y = self.x(point[0]), self.y(point[1])
+        return f'<circle class="{kind}" cx="{x}" cy="{y}" r="4"><title>{escape(title)}</title></circle>'
+
+    def words(self, point: tuple[float, float], text: str) -> str:
+        x, y = self.x(point[0]), self.y(point[1])
+        side = "end" if x > 0.8 * _WIDTH else "start" if x < 0.2 * _WIDTH else "middle"
+        return f'<text class="tick" x="{x}" y="{y - 8}" text-anchor="{side}">{escape(text)}</text>'
 
 
 def curves(plan: TrainingPlan) -> str:
     """IsoFLOP curves as SVG."""
-    points = [point for line in plan.contours.values() for point in line]
-    least = min(loss for _, loss in points)
+    least = min(loss for line in plan.contours.values() for _, loss in line)
     kept = {name: [p for p in line if p[1] <= 1.35 * least] for name, line in plan.contours.items()}
     kept = {name: line for name, line in kept.items() if line}
-    points = [point for line in kept.values() for point in line]
-    xs, ys = [math.log10(n) for n, _ in points], [loss for _, loss in points]
-
-    def x(n: float) -> float:
-        return round(_LEFT + (math.log10(n) - min(xs)) / (max(xs) - min(xs)) * (_WIDTH - _LEFT - _RIGHT), 1)
-
-    def y(loss: float) -> float:
-        return round(_FLOOR - (loss - min(ys)) / (max(ys) - min(ys)) * (_FLOOR - _TOP), 1)
-
-    lines = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" class="picture" '
-        'aria-label="Loss against size at equal compute">',
-        f'<line class="base" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_FLOOR}" y2="{_FLOOR}"/>',
-    ]
-    for power in range(math.ceil(min(xs)), math.floor(max(xs)) + 1):
-        lines.append(
-            f'<text class="tick" x="{x(10.0**power)}" y="{_FLOOR + 18}" '
-            f'text-anchor="middle">{scaled(10.0**power)}</text>'
-        )
-    for value in _ticks(min(ys), max(ys)):
-        lines.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value)}" y2="{y(value)}"/>')
-        lines.append(f'<text class="tick" x="{_LEFT - 8}" y="{y(value) + 4}" text-anchor="end">{value:.2f}</text>')
+    axes = _Axes([point for line in kept.values() for point in line])
+    marks = []
     for name, line in kept.items():
-        path = " ".join(f"{x(n)},{y(loss)}" for n, loss in line)
         best = min(line, key=lambda point: point[1])
-        lines.append(f'<polyline class="frontier" fill="none" points="{path}"><title>{escape(name)}</title></polyline>')
-        lines.append(f'<circle class="candidate" cx="{x(best[0])}" cy="{y(best[1])}" r="4"/>')
-        lines.append(
-            f'<text class="tick" x="{x(best[0])}" y="{y(best[1]) - 8}" text-anchor="middle">{escape(name)}</text>'
-        )
-    return "\n".join([*lines, "</svg>"])
+        marks += [axes.line(line, name), axes.dot(best, name), axes.words(best, name)]
+    return axes.drawn("Loss against size at equal compute", marks)
+
+
+def surface(plan: TrainingPlan) -> str:
+    """Lines of equal loss over size and tokens, and what the budget reaches of them, as SVG."""
+    one = plan.chosen
+    # the size that was averaged over training; 6 N D of it is what is paid
+    size = one.train_flops / (6 * one.tokens)
+    budget = float(plan.budget["train_flops"])
+    sizes = [n for line in plan.surface.values() for n, _ in line]
+    edge = [(n, budget / (6 * n)) for n in (min(sizes), max(sizes))]
+    axes = _Axes([*edge, (size, one.tokens)], log_up=True)
+    (x1, y1), (x2, y2) = ((axes.x(n), axes.y(d)) for n, d in edge)
+    marks = [f'<line class="chosen" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"><title>the budget</title></line>']
+    for loss, line in plan.surface.items():
+        if inside := [point for point in line if axes.within(point)]:
+            marks += [axes.line(inside, f"loss {loss}"), axes.words(inside[len(inside) // 2], loss)]
+    marks.append(axes.dot((size, one.tokens), f"the plan: {one.name}", "chosen"))
+    return axes.drawn("Lines of equal loss over parameters and tokens", marks)
+
+
+def trade_off(plan: TrainingPlan) -> str:
+    """What each alternative costs over its life (or to store, where nothing is served) against its loss, as SVG."""
+    served = bool(plan.budget["inference_tokens"])
+
+    def at(one: Alternative) -> tuple[float, float]:
+        return (one.lifetime_flops if served else one.stored_bytes), one.loss
+
+    axes = _Axes([at(one) for one in plan.alternatives])
+    fitting = sorted((one for one in plan.alternatives if one.fits), key=at)
+    best = [one for i, one in enumerate(fitting) if all(one.loss < other.loss for other in fitting[:i])]
+    marks = [axes.line([at(one) for one in best], "none that fits is better and cheaper")] if len(best) > 1 else []
+    for one in plan.alternatives:
+        if one is not plan.chosen:
+            said, kind = (one.name, "candidate") if one.fits else (f"{one.name}: {one.why}", "frontier")
+            marks.append(axes.dot(at(one), said, kind))
+    marks += [axes.dot(at(plan.chosen), plan.chosen.name, "chosen"), axes.words(at(plan.chosen), plan.chosen.name)]
+    return axes.drawn(f"Loss against {'lifetime FLOPs' if served else 'stored bytes'}", marks)
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten between two logarithms; where there is none, the ends."""
+    found = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)]
+    return found if len(found) > 1 else [10.0**low, *found, 10.0**high]
 
 
 def _ticks(low: float, high: float) -> Sequence[float]:

@@ -22,6 +22,7 @@ from pennyweight.report.text import (
     number,
     percent,
     quantity,
+    section,
     small,
     spread,
     table,
@@ -119,39 +120,35 @@ def _used(share: float) -> str:
 def _sections(data: ReportData) -> Iterator[str]:
     if data.measures:
         about = "Small figures are 95 % intervals; those of the last column come from paired comparisons."
-        yield _section("Before and after", about, _measures(data))
+        yield section("Before and after", about, _measures(data))
     if drawn(data):
         limits = {
             (True, True): " In the tinted corner both budget and floor hold.",
             (True, False): " In the tinted part the budget holds.",
             (False, True): " In the tinted part the floor holds.",
         }.get((bool(data.budget_bytes), bool(data.floor)), "")
-        yield _section("Size against quality", f"Down and to the left is better.{limits}", _pictures(data))
+        yield section("Size against quality", f"Down and to the left is better.{limits}", _pictures(data))
     if data.cells:
         about = (
             "Bits a weight count scales, zeros and indices. Rest the pointer on a field, or open the list, "
             "to see what made it."
         )
-        yield _section("Where the bits are", about, bits_section(data.cells))
+        yield section("Where the bits are", about, bits_section(data.cells))
     if data.predictions:
         about = "What the plan promised before any weight was touched, and what came out."
-        yield _section("Predicted and measured", about, _predictions(data))
+        yield section("Predicted and measured", about, _predictions(data))
     if data.steps:
-        yield _section("Time and memory", "What each step of the fit took.", _steps(data.steps))
+        yield section("Time and memory", "What each step of the fit took.", _steps(data.steps))
     if data.samples:
         about = "The same prompts, continued greedily. Grey is word for word the same."
-        yield _section("What it writes", about, "".join(map(_sample, data.samples)))
+        yield section("What it writes", about, "".join(map(_sample, data.samples)))
     if data.recipe:
         about = "Run it again with <code>pennyweight apply</code>."
-        yield _section("Recipe", about, f'<pre tabindex="0"><code>{escape(data.recipe.rstrip())}</code></pre>')
+        yield section("Recipe", about, f'<pre tabindex="0"><code>{escape(data.recipe.rstrip())}</code></pre>')
     if data.receipt:
         entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in data.receipt)
         about = "Check it again with <code>pennyweight verify</code>."
-        yield _section("Receipt", about, f'<dl class="receipt">{entries}</dl>')
-
-
-def _section(name: str, about: str, matter: str) -> str:
-    return f'<section><h2>{name}</h2><p class="about">{about}</p><div class="matter">{matter}</div></section>\n'
+        yield section("Receipt", about, f'<dl class="receipt">{entries}</dl>')
 
 
 def _measures(data: ReportData) -> str:

@@ -108,6 +108,11 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, 
     )
 
 
+def section(name: str, about: str, matter: str) -> str:
+    """A part of a page: its name and a line about it in the margin, the matter beside them; all HTML already."""
+    return f'<section><h2>{name}</h2><p class="about">{about}</p><div class="matter">{matter}</div></section>\n'
+
+
 def small(text: str) -> str:
     """``text`` (HTML already) as a quiet second line, or nothing."""
     return f"<small>{text}</small>" if text else ""
