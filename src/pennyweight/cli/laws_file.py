@@ -1,12 +1,20 @@
-"""Laws kept in a file by ``pennyweight laws fit --json``."""
+"""Laws kept in a file by ``pennyweight laws fit --json``: the receipt, and the bootstrap's constants for intervals."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pennyweight.errors import DataError, UserError
 from pennyweight.laws import Law, forms
+
+
+def plain(law: Law) -> dict[str, Any]:
+    """The law as JSON has it; the samples as they are fitted, logarithms of what is positive."""
+    return {**law.receipt().to_json(), "samples": None if law.samples is None else law.samples.tolist()}
 
 
 def read(path: Path) -> Law:
@@ -21,7 +29,12 @@ def read(path: Path) -> Law:
         spans = {str(name): (float(low), float(high)) for name, (low, high) in found["fit_range"].items()}
         form = forms.find(str(found["form"]))
         axis = next((name for name in spans if name not in [v.name for v in form.variables]), None)
-        return Law(form, constants, fit_range=spans, source=str(found["source"]), axis=axis)
+        samples = None
+        if found.get("samples"):
+            samples = np.array(found["samples"], dtype=float)
+            if samples.ndim != 2 or samples.shape[1] != len(form.parameters):
+                raise ValueError(f"samples of shape {samples.shape}")
+        return Law(form, constants, fit_range=spans, source=str(found["source"]), axis=axis, samples=samples)
     except UserError as error:
         raise DataError(f"{path}: {error}") from None
     except OSError as error:
