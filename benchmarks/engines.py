@@ -159,6 +159,9 @@ def main() -> None:
         export(source, "safetensors", home / "plain", dtype="bf16")
         rivals: dict[str, tuple[list[str], int]] = {}
 
+        def wanted(name: str) -> bool:
+            return not asked.only or any(word in name for word in asked.only)
+
         def add(name: str, python: str, code: str, where: Path, read: int, *more: str) -> None:
             rivals[name] = ([python, "-c", PEAK + code, str(where), *more], read)
 
@@ -168,14 +171,17 @@ def main() -> None:
             whole = sum(part.numel() for part in source.module.parameters())  # codes are a byte each in memory
             add("fitted", sys.executable, GENERATE + OURS, Path(asked.fitted), whole)
         for name, form in FORMS.items():
+            if not wanted(name):
+                continue
             where = home / name.replace(" ", "-")
             save(rounded(source, form, grid(8)), where)
             add(name, sys.executable, GENERATE + OURS, where, held(where))
-        shrunk = rounded(source, grid(4), grid(8))
-        del shrunk.module.model.layers[24:]  # type: ignore[union-attr]
-        shrunk.module.config.num_hidden_layers = 24
-        save(shrunk, home / "shrunk")
-        add("24 of 30 blocks, 4 bits g64", sys.executable, GENERATE + OURS, home / "shrunk", held(home / "shrunk"))
+        if wanted("24 of 30 blocks, 4 bits g64"):
+            shrunk = rounded(source, grid(4), grid(8))
+            del shrunk.module.model.layers[24:]  # type: ignore[union-attr]
+            shrunk.module.config.num_hidden_layers = 24
+            save(shrunk, home / "shrunk")
+            add("24 of 30 blocks, 4 bits g64", sys.executable, GENERATE + OURS, home / "shrunk", held(home / "shrunk"))
         if asked.torchao:
             bits = source.module.num_parameters() * 9 // 16  # a scale and a zero in bfloat16 for 64 weights
             add("torchao int4 g64", asked.torchao, GENERATE + TORCHAO, home / "plain", bits, "eager")
@@ -191,8 +197,7 @@ def main() -> None:
                 made = rounded(source, grid(code, 32, **options), grid(8, 32, symmetric=True))  # type: ignore[arg-type]
                 export(made, "gguf", where / "model.gguf")
                 add(f"{name} (our file)", asked.llama, LLAMA, where / "model.gguf", held(where))
-        if asked.only:
-            rivals = {n: one for n, one in rivals.items() if n in list(rivals)[:1] or any(w in n for w in asked.only)}
+        rivals = {name: one for name, one in rivals.items() if name in list(rivals)[:1] or wanted(name)}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in rivals}
         print(f"{torch.get_num_threads()} threads, {bandwidth / 1e9:.1f} GB/s read; tokens a second, median (extremes)")
         for _ in range(asked.rounds):

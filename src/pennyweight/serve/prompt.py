@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pennyweight import native
-from pennyweight.weights import CompactLinear, one_row
+from pennyweight.weights import CompactLinear, LowRank, Sum, one_row
 from pennyweight.weights.one_row import Prepared
 
 
@@ -30,24 +30,35 @@ class _Maps:
         layers: as the model has them.
         codes: of all, or none.
         bias: (M,) bfloat16 of all, or None.
+        down: (R, N) bfloat16, the inner factors of all low-rank terms beside codes; None where there are none.
+        up: by layer, the outer factors (M, rank) of its terms.
     """
 
     layers: tuple[Any, ...]
     codes: tuple[Prepared, ...]
     bias: Tensor | None
+    down: Tensor | None
+    up: tuple[tuple[Tensor, ...], ...]
 
     @classmethod
     def of(cls, *layers: Any) -> _Maps:
-        codes = [layer.weight.prepared() if type(layer) is CompactLinear else None for layer in layers]
-        coded = tuple(one for one in codes if one is not None and one.matrix.kind in (one_row.WHOLE, one_row.PACKED))
-        if len(coded) < len(layers):
-            return cls(layers, (), None)
-        parts = [
+        parts = [_codes_and_factors(layer) for layer in layers]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(layers):
+            return cls(layers, (), None, None, ())
+        biases = [
             torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach().float()
             for layer in layers
         ]
         plain = all(layer.bias is None for layer in layers)
-        return cls(layers, coded, None if plain else torch.cat(parts).bfloat16())
+        down = [term.down.detach().bfloat16() for _, terms in found for term in terms]
+        return cls(
+            layers,
+            tuple(codes for codes, _ in found),
+            None if plain else torch.cat(biases).bfloat16(),
+            torch.cat(down) if down else None,
+            tuple(tuple(term.up.detach().bfloat16() for term in terms) for _, terms in found),
+        )
 
     @property
     def size(self) -> int:
@@ -61,7 +72,25 @@ class _Maps:
         rows, columns = [one.shape[0] for one in self.codes], x.shape[1]
         matrix = scratch[: self.size].view(sum(rows), columns)
         one_row.expand(self.codes, matrix)
-        return torch.split(functional.linear(x, matrix, self.bias), rows, -1)
+        found = torch.split(functional.linear(x, matrix, self.bias), rows, -1)
+        if self.down is not None:
+            inner = iter(torch.split(functional.linear(x, self.down), [u.shape[1] for us in self.up for u in us], -1))
+            for one, factors in zip(found, self.up, strict=True):
+                for up in factors:
+                    one.addmm_(next(inner), up.T)
+        return found
+
+
+def _codes_and_factors(layer: Any) -> tuple[Prepared, list[LowRank]] | None:
+    """The codes of a layer and the low-rank terms beside them; None where it is anything else."""
+    if type(layer) is not CompactLinear:
+        return None
+    terms = [term for _, term in layer.weight.named_terms()] if type(layer.weight) is Sum else [layer.weight]
+    factors = [term for term in terms if type(term) is LowRank]
+    rest = [term.prepared() for term in terms if type(term) is not LowRank]
+    if len(rest) != 1 or rest[0] is None or rest[0].matrix.kind not in (one_row.WHOLE, one_row.PACKED):
+        return None
+    return rest[0], factors
 
 
 class Reader:
