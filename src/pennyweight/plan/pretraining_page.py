@@ -134,7 +134,7 @@ class _Axes:
         ]
         for value in _powers(*self._span(0)):
             lines.append(
-                f'<text class="tick" x="{self.x(value)}" y="{_FLOOR + 18}" text-anchor="middle">{scaled(value)}</text>'
+                f'<text class="tick" x="{self.x(value)}" y="{_FLOOR + 18}" text-anchor="middle">{_tick(value)}</text>'
             )
         low, high = self._span(1)
         for value in _powers(low, high) if self.log_up else _ticks(low, high):
@@ -205,6 +205,10 @@ def trade_off(plan: TrainingPlan) -> str:
             marks.append(axes.dot(at(one), said, kind))
     marks += [axes.dot(at(plan.chosen), plan.chosen.name, "chosen"), axes.words(at(plan.chosen), plan.chosen.name)]
     return axes.drawn(f"Loss against {'lifetime FLOPs' if served else 'stored bytes'}", marks)
+
+
+def _tick(value: float) -> str:
+    return scaled(value) if value < 1e15 else f"{value:.2g}"
 
 
 def _powers(low: float, high: float) -> list[float]:
