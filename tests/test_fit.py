@@ -212,6 +212,23 @@ def test_factors_fold_into_scales(transposed: bool) -> None:
     assert all(factor.grad is not None and factor.grad.abs().min() > 0 for factor in trained.factors.values())
 
 
+def test_bytes_are_reserved_where_factors_may_need_them() -> None:
+    from types import SimpleNamespace
+
+    from pennyweight.damage import Prediction
+    from pennyweight.levers.factorize.svd import SVD
+    from pennyweight.levers.quantize.entropy import Entropy
+    from pennyweight.repair import reserved_bytes
+    from pennyweight.weights import Cost
+
+    slot = SimpleNamespace(group="blocks", name="a", map=SimpleNamespace(shape=(40, 60)))
+    coded = Prediction(Entropy(bits=3.0), Cost(1, 1, 1), 0.0)
+    others = [Prediction(SVD(rank=4), Cost(1, 1, 1), 0.0), Prediction(None, Cost(1, 1, 1), 0.0)]
+    assert reserved_bytes([slot], {"a": [coded]}) == 0
+    for other in others:
+        assert reserved_bytes([slot], {"a": [coded, other]}) >= 80
+
+
 def test_matrices_without_scales_get_factors_beside_them() -> None:
     from pennyweight.repair import with_factors
     from pennyweight.weights import Dense
