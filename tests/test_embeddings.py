@@ -1,6 +1,7 @@
 """Compressed tables: budgets to the byte, exactness where a method is exact, and what each finds on toy bags."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 import toys
 
 from pennyweight.apply import apply
+from pennyweight.cli import main
 from pennyweight.embeddings import METHODS, Bags, Table, bench, compress, compressor, recommend
 from pennyweight.embeddings.bench import FOURTEEN, Result, auc, run
 from pennyweight.embeddings.shared import similar
 from pennyweight.embeddings.sized import widths_within
 from pennyweight.embeddings.trained import TRAINED
+from pennyweight.embeddings.words import word_bags
 from pennyweight.errors import BudgetError, OptionError
 from pennyweight.lever import make
 from pennyweight.model import load
@@ -36,6 +39,9 @@ def bags(rows=400, count=900, seed=0):
 
 
 def test_there_are_fourteen():
+    shared = {"compo", "tt", "dhe", "robe", "dedup", "mgqe", "adapt"}
+    smaller = {"int", "alpt", "mde", "autodim", "optembed", "deeplight", "autosrh"}  # int: INT8 and INT16
+    assert set(FOURTEEN) == shared | smaller
     assert len(FOURTEEN) == 14
     assert set(METHODS) - set(FOURTEEN) == {"hash", "narrow", "dense"}
 
@@ -106,6 +112,99 @@ def test_rows_on_the_fixed_grid_are_rounded_without_bias():
     grid = made._scale.float()
     assert set((values / grid).round().flatten().tolist()) == {0.0, 1.0}
     assert float(values.mean()) == pytest.approx(0.00713, rel=0.1)
+
+
+def test_sixteen_bits_are_kept_to_the_last_one():
+    table = zipf(50)
+    made = compressor("int", table, table.bytes // 2 + 4)
+    with torch.no_grad():
+        made.weight.matrix[0, :3] = torch.tensor([9.0, -9.0, 0.1])  # both ends, and what a step cannot be off
+    trained = made.weight.matrix.detach()
+    made.step(0.1, lambda weight: 0.0)
+    grid = made._scale.float()
+    assert float(grid) == 2.0**-15
+    assert trained[0, :2].tolist() == [float(grid) * 32639, -1.0]
+    assert float((trained[0, 2] - 0.1).abs()) <= float(grid)
+    kept = made.finish()
+    assert torch.equal(kept.dense(), trained)
+    assert kept.cost().bytes == 2 * 50 * 8 + 4
+    assert torch.equal(rebuild(structure(kept), kept.state_dict()).rows(torch.arange(50)), trained)
+    assert compressor("int", table, table.bytes // 2)._bits == 8
+
+
+def test_learned_steps_follow_the_loss_and_training_holds_codes():
+    table = zipf(40)
+    wanted = 0.02 * torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    wanted[:, 0] *= 6  # a step that starts from the largest value of a row is too coarse for the others
+
+    def descended(rate):
+        made = compressor("alpt", table, 40 * (2 + 3), seed=2)  # 3 bits
+        made.SCALE_RATE, begin = rate, made.weight.scale.clone()
+        for n in range(200):
+            (made.weight.rows(torch.arange(40)) - wanted).square().sum().backward()
+            made.step(n / 200, lambda weight: 0.0)
+        kept = made.finish()
+        return made, begin, float((kept.dense().detach() - wanted).square().mean().sqrt())
+
+    fixed, _, error = descended(0.0)
+    learned, begin, less = descended(0.02)
+    assert torch.equal(fixed.weight.scale, begin)
+    assert float((learned.weight.scale / begin).median()) < 0.8
+    assert less < 0.8 * error
+    # codes, and a step and two sums of squares a row; then the values and gradients of all 40 rows
+    assert learned.training_bytes() == 40 * (8 + 4 + 8) + 2 * 4 * 40 * 8
+    with torch.no_grad():
+        assert torch.equal(learned.weight.rows(torch.arange(40)), learned.weight.dense())
+
+
+def test_the_pull_on_a_step_is_the_slope_of_rounding():
+    made = compressor("alpt", zipf(1), 2 + 3, seed=0)
+    weight = made.weight
+    weight.codes[:], weight.scale[:] = torch.tensor([[-4, -3, -2, -1, 0, 1, 2, 3]]), 0.1
+    pull = torch.tensor([[0.3, -0.2, 0.1, 0.5, -0.4, 0.2, 0.1, 0.7]])
+    (weight.rows(torch.tensor([0])) * pull).sum().backward()
+    made.RATE = 0.25
+    step = 0.25 * pull / pull.square().mean().sqrt()
+    moved = weight.dense() - step
+
+    def rounded(scale):
+        return float(((moved / scale).clamp(-4, 3).round() * scale * pull).sum())
+
+    # nearly everywhere a rounded number rises with its step as its code does; LSQ counts x / s against it, inside
+    slope = (rounded(0.1 + 1e-6) - rounded(0.1 - 1e-6)) / 2e-6
+    inside = (moved / 0.1 > -4) & (moved / 0.1 < 3)
+    slope -= float((inside * moved / 0.1 * pull).sum())
+    made.step(0.5, lambda w: 0.0)
+    assert float(made._scale_squares) == pytest.approx(slope**2, rel=2e-2)
+
+
+def test_words_of_a_file_become_bags_and_the_verb_compares_on_them(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    lines = ["text,label"]
+    for _ in range(240):
+        good = bool(g.random() < 0.5)
+        words = [f"{'g' if good else 'b'}{n}" if g.random() < 0.6 else f"x{n}" for n in g.zipf(1.7, 5) if n < 30]
+        lines.append(f"{' '.join(words)} end,{'up' if good else 'down'}")
+    file = tmp_path / "texts.csv"
+    file.write_text("\n".join(lines))
+    found = word_bags(file, length=4, held_out=60)
+    assert found.held_ids.shape == (60, 4)
+    assert found.ids.shape == (180, 4)
+    assert bool((found.table(8).counts.diff() <= 0).all())
+    out = tmp_path / "out.json"
+    command = ["embeddings", str(file), "--methods", "robe,int,alpt", "--budgets", "0.5,0.001", "--steps", "60"]
+    assert main([*command, "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "take at 0.5, for quality:" in text
+    assert "take at 0.001, for nothing fits" in text
+    figures = {(one["method"], one["budget"]): one for one in json.loads(out.read_text())}
+    assert figures["alpt", 0.5]["training_bytes"] < figures["int", 0.5]["training_bytes"]
+    assert "bits 1 takes" in figures["int", 0.001]["why"]
+    file.write_text("text,mood\na,b\n")
+    assert main(["embeddings", str(file)]) == 2
+    assert "no column 'label'; give columns text and label" in capsys.readouterr().err
+    assert main(["embeddings", "tweets", "--methods", "lsh"]) == 2
+    assert "no method is called 'lsh'" in capsys.readouterr().err
 
 
 def test_buckets_are_looked_up_alike_and_widths_fill_the_budget():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class Result:
         auc: area under the curve on held-out bags.
         bytes: of what is kept, as a file holds it.
         lookup_ms: to look 1,024 rows up.
-        training_bytes: of values, gradients and the two moments of Adam, at the most.
+        training_bytes: that training held of the table at the most, see `Compressor.training_bytes`.
         why: it was not trained; empty for one that was.
     """
 
@@ -140,11 +140,11 @@ def run(method: str, bags: Bags, budget: float, *, width: int = 16, steps: int =
     limit = table.bytes if method == "dense" else int(budget * table.bytes)
     try:
         made = compressor(method, table, limit, seed=seed)
-        held = [_training_bytes(made)]
+        held = [made.training_bytes()]
         head = train(made, bags, steps=steps, seed=seed)
     except BudgetError as error:
         return Result(method, budget, why=str(error))
-    held.append(_training_bytes(made))
+    held.append(made.training_bytes())
     kept = made.finish()
     size = stored_bytes(kept)
     assert size == kept.cost().bytes, method
@@ -155,10 +155,6 @@ def run(method: str, bags: Bags, budget: float, *, width: int = 16, steps: int =
         score = auc(head(kept, bags.held_ids), bags.held_labels)
         timed = latency.time(lambda: kept.rows(ids), repeats=5)
     return Result(method, budget, score, size, timed.milliseconds, max(held))
-
-
-def _training_bytes(made: Compressor) -> int:
-    return 4 * sum(parameter.nbytes for parameter in made.parameters())
 
 
 def bench(
@@ -208,7 +204,7 @@ def recommend(results: Sequence[Result], use_case: UseCase, *, budget: float) ->
         OptionError: an unknown use case, or no method that was trained under that budget.
     """
     there = [one for one in results if one.budget == budget and not one.why]
-    if use_case not in ("quality", "lookup", "training") or not there:
+    if use_case not in get_args(UseCase) or not there:
         raise OptionError(
             f"embeddings: use case {use_case!r} under {budget}: {len(there)} methods were trained; give quality, "
             "lookup or training, and a budget of the results"
@@ -220,3 +216,18 @@ def recommend(results: Sequence[Result], use_case: UseCase, *, budget: float) ->
         "training": lambda one: one.training_bytes,
     }
     return min(good, key=keys[use_case])
+
+
+def report(results: Sequence[Result]) -> str:
+    """What `bench` found as tab-separated lines, and what to take for each use under each budget."""
+    lines = ["budget\tmethod\tquality (AUC)\tbytes\tlook-up of 1,024, ms\tbytes in training\twhy not"]
+    for one in results:
+        figures = (f"{one.auc:.4f}", f"{one.bytes:,}", f"{one.lookup_ms:.3f}", f"{one.training_bytes:,}")
+        lines.append("\t".join([f"{one.budget:.3g}", one.method, *(("",) * 4 if one.why else figures), one.why]))
+    for budget in dict.fromkeys(one.budget for one in results):
+        try:
+            uses = [f"{use}: {recommend(results, use, budget=budget).method}" for use in get_args(UseCase)]
+        except OptionError:
+            uses = ["nothing fits"]
+        lines.append(f"take at {budget:.3g}, for {', for '.join(uses)}")
+    return "\n".join(lines)

@@ -108,6 +108,10 @@ class Compressor:
         """All that is trained now."""
         return list(self.weight.parameters())
 
+    def training_bytes(self) -> int:
+        """That training holds of the table now: of what is trained, values, gradients and the two moments of Adam."""
+        return 4 * sum(parameter.nbytes for parameter in self.parameters())
+
     def penalty(self) -> Tensor | float:
         """What is added to the loss."""
         return 0.0
