@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pennyweight.cli import machines, shelves
+from pennyweight.cli import lookups, machines, shelves
 
 app = typer.Typer(
     name="pennyweight",
@@ -24,6 +24,7 @@ app.add_typer(shelves.assets, name="assets")
 app.command()(shelves.rows)
 app.command()(machines.tune)
 app.command()(machines.devices)
+app.command()(lookups.embeddings)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, directory, GGUF file, or cached hub id.")]
 Data = Annotated[str, typer.Option(help="Text to calibrate and judge on: short name, file or folder.")]
