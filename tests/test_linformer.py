@@ -2,12 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pennyweight.errors import DataError, OptionError
-from pennyweight.levers.factorize import routes
+from pennyweight.levers.factorize import auto, routes
+from pennyweight.levers.factorize.auto import Auto
 from pennyweight.levers.factorize.routes import choose, crossing, flops
+from pennyweight.model.loading import of_module, restore
+from pennyweight.model.saving import save
+from pennyweight.work import Work
 from pennyweight.zoo.linformer import Attention, EncoderLayer
 
 
@@ -18,7 +23,7 @@ def made(**options):
 def test_as_many_mixtures_as_tokens_are_attention_itself():
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
     plain, mixed = made(), made(length=9, keys=9)
-    mixed.load_state_dict(plain.state_dict(), strict=False)
+    mixed.load_state_dict({k: v for k, v in plain.state_dict().items() if "_mix" not in k}, strict=False)
     with torch.no_grad():
         mixed.key_mix.copy_(torch.eye(9))
         mixed.value_mix.copy_(torch.eye(9))
@@ -62,6 +67,41 @@ def test_the_fastest_way_is_chosen_by_the_clock(monkeypatch):
     found = choose(12, width=16, num_heads=4, keys=4)
     assert found.best == "low_rank"
     assert found.milliseconds["dense"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "mixed"), [((3.0, 2.0, 1.0), True), ((3.0, 1.0, 2.0), False), ((1.0, 2.0, 3.0), False)]
+)
+def test_one_call_takes_mixtures_where_the_clock_says_so_and_they_survive_a_file(tmp_path, monkeypatch, times, mixed):
+    def stack():
+        g = torch.Generator().manual_seed(0)
+        return nn.Sequential(*(EncoderLayer(16, 4, generator=g) for _ in range(2)))
+
+    monkeypatch.setattr(auto.latency, "in_turns", lambda calls, **options: [times] * 3 if [c() for c in calls] else [])
+    monkeypatch.setattr(auto, "time_ratio", lambda *given: 0.5)
+    model = of_module(stack(), name="stack")
+    before = stack()[0].attention
+    Auto(rank=0.5, keys=4, tokens=12, dtype="float32").change(
+        model, Work(model=model, windows=None, maps=model.anatomy.maps())
+    )
+    x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(1))
+    layer = model.module[0].attention
+    assert len(layer.key_mix) == (4 if mixed else 0)
+    assert isinstance(layer.q_proj, nn.Linear) == mixed  # else it became factors
+    assert not isinstance(model.module[0].up_proj, nn.Linear)
+    if mixed:
+        torch.testing.assert_close(layer.key_mix, torch.kron(torch.eye(4), torch.full((1, 3), 1 / 3)))
+        means = before.k_proj(x).view(2, 4, 3, 16).mean(2)
+        torch.testing.assert_close(layer.key_mix @ layer.k_proj(x), means)
+    save(model, tmp_path / "out")
+    again = restore(stack(), tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again.module(x), model.module(x))
+    if mixed:
+        with pytest.raises(OptionError, match="4 mixtures of 3 tokens"):
+            Auto(keys=4, tokens=3).change(
+                of_module(stack()), Work(model=model, windows=None, maps=model.anatomy.maps())
+            )
 
 
 def test_bad_sizes_are_refused_with_the_remedy():

@@ -49,21 +49,32 @@ class Attention(nn.Module):
             )
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
-        self.key_mix: nn.Parameter | None = None
-        self.value_mix: nn.Parameter | None = None
+        # of no rows: attention to every position
+        self.key_mix, self.value_mix = (nn.Parameter(torch.zeros(0, 0)) for _ in range(2))
         if length is not None and keys is not None:
-            if not 1 <= keys <= length:
-                raise OptionError(f"Linformer: {keys} keys for a length of {length}; give 1 to {length}")
-            # rows of norm 1: mixtures of independent keys are as large as keys
-            self.key_mix, self.value_mix = (
-                nn.Parameter(torch.randn(keys, length, generator=generator) / length**0.5) for _ in range(2)
-            )
+            self.mix(length, keys)
+            with torch.no_grad():
+                for one in (self.key_mix, self.value_mix):
+                    # rows of norm 1: mixtures of independent keys are as large as keys
+                    one.copy_(torch.randn(keys, length, generator=generator) / length**0.5)
         _draw((self.q_proj, self.k_proj, self.v_proj, self.o_proj), generator)
+
+    def mix(self, length: int, keys: int) -> None:
+        """Look at ``keys`` mixtures of up to ``length`` positions from now on: means of neighbors, to be trained.
+
+        Raises:
+            OptionError: no mixture, or more of them than positions.
+        """
+        if not 1 <= keys <= length:
+            raise OptionError(f"Linformer: {keys} keys for a length of {length}; give 1 to {length}")
+        near = torch.arange(length) * keys // length == torch.arange(keys)[:, None]
+        means = (near / near.sum(1, keepdim=True)).to(self.q_proj.weight.dtype)
+        self.key_mix.data, self.value_mix.data = means, means.clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises DataError for sequences longer than L."""
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.key_mix is not None and self.value_mix is not None:
+        if len(self.key_mix):
             if x.shape[1] > self.key_mix.shape[1]:
                 longest = self.key_mix.shape[1]
                 raise DataError(f"Linformer: a sequence of {x.shape[1]} tokens; this layer's are {longest}")

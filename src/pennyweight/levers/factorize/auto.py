@@ -5,18 +5,24 @@ Low-Rank Approximation", arXiv:2108.10808, and its library: every linear layer b
 a thin one and a 1x1 one; a rank below 1 is a share of the rank at which factors are as large as the matrix, and layers
 that would not shrink are left. Semi-nonnegative factors: see `pennyweight.solvers.semi_nmf`; factors weighted by the
 inputs: `pennyweight.solvers.low_rank`.
-Differs from the source: a layer is also left where its factors are not measured to be faster; factors share the
-singular values evenly; grouped convolutions are left; a step that would change nothing is an error.
+Where attention can look at mixtures of keys (`pennyweight.zoo.linformer`), that is one more choice: what the clock says
+is fastest at the length asked for, the layer as it is, its maps as factors, or mixtures.
+Differs from the source: no constant length from which mixtures are taken; a layer is also left where its factors are
+not measured to be faster; factors share the singular values evenly; grouped convolutions are left; a step that would
+change nothing is an error.
 
-Shape letters: M out features, N in features, R rank, T tokens.
+Shape letters: M out features, N in features, R rank, T tokens, S mixtures.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +33,7 @@ from pennyweight.measure import latency
 from pennyweight.model import anatomy
 from pennyweight.model.anatomy import Map
 from pennyweight.model.model import Model
+from pennyweight.model.resized import note, resized_of
 from pennyweight.solvers.inputs import second_moment_of
 from pennyweight.solvers.low_rank import damped, low_rank
 from pennyweight.solvers.masks import DTYPES
@@ -35,6 +42,20 @@ from pennyweight.weights import CompactLinear, Dense, LowRank, Weight
 from pennyweight.work import Work
 
 _NAME = "factorize.auto"
+
+
+#: Parameters of what is `Mixable`.
+MIXES = ("key_mix", "value_mix")
+
+
+@runtime_checkable
+class Mixable(Protocol):
+    """Attention that can look at mixtures of keys, see `pennyweight.zoo.linformer.Attention`."""
+
+    key_mix: nn.Parameter
+    value_mix: nn.Parameter
+
+    def mix(self, length: int, keys: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -84,8 +105,8 @@ class Auto:
     """Factorize every layer that gets smaller and, measured on this machine, faster.
 
     Exact at no rank below the break-even one, except for matrices of that rank. Embedding and head are left. Where
-    sequences are long, attention is what takes the time: `pennyweight.levers.factorize.routes.choose` measures whether
-    `pennyweight.zoo.linformer`, which has to be trained, is the better route.
+    sequences are long, attention is what takes the time: with ``keys``, attention that can look at mixtures does so
+    where that is measured to be faster; mixtures begin as means of neighbors, and have to be trained.
     """
 
     rank: float = option(0.5, at_least(0), "below 1: a share of the rank where factors save nothing; else the rank")
@@ -97,6 +118,7 @@ class Auto:
     iterations: int = option(10, at_least(1), "of snmf")
     tokens: int = option(512, at_least(0), "tokens that layers are timed on; 0: time none")
     fastest: float = option(0.95, between(0, 1), "share of the matrix's time that factors may take at most")
+    keys: int = option(0, at_least(0), "mixtures of keys that attention may look at instead; 0: factors alone")
     damping: float = option(1e-4, at_least(0), "weighted: added to the diagonal of the moment, as a share of its mean")
     dtype: str = option("float16", one_of(*DTYPES), "what the factors are stored in")
 
@@ -140,9 +162,11 @@ class Auto:
     def change(self, model: Model, work: Work) -> None:
         chosen = {one.path for one in work.maps if one.kind != "embedding" and one.role != "head"}
         layers = [one for one in model.anatomy.layers() if one.path in chosen]
+        mixed = self._mix(model.module, chosen)
+        layers = [one for one in layers if one.path.rpartition(".")[0] not in mixed]
         choices = self.choose(model.module, layers)
         kept = [(one, choice) for one, choice in zip(layers, choices, strict=True) if not choice.why]
-        if not kept:
+        if not kept and not mixed:
             why = f"{choices[0].path} {choices[0].why}" if choices else "the step selects no layer"
             raise OptionError(
                 f"{_NAME}: none of {len(choices)} layers pays ({why}); lower rank, raise fastest, or time more tokens"
@@ -161,6 +185,49 @@ class Auto:
             factors = self._factors(anatomy.matrix(model.module, one).float(), choice.rank, moments.get(one.path), g)
             anatomy.replace(model.module, one.path, factors)
             work.report("factorize", done + 1, len(kept))
+
+    def _mix(self, module: nn.Module, chosen: Collection[str]) -> list[str]:
+        """Let attention look at mixtures where that is faster than anything else; the paths of those layers."""
+        found: dict[tuple[Any, ...], bool] = {}
+        mixed = []
+        for path, layer in list(module.named_modules()):
+            one: Any = layer
+            if not (self.keys and isinstance(one, Mixable) and any(c.rpartition(".")[0] == path for c in chosen)):
+                continue
+            if self.tokens <= self.keys:
+                raise OptionError(
+                    f"{_NAME}: {self.keys} mixtures of {self.tokens} tokens; time more tokens, or take fewer mixtures"
+                )
+            shapes = tuple(tuple(tensor.shape) for tensor in layer.state_dict().values())
+            if shapes not in found:
+                found[shapes] = self._mixing_pays(layer)
+            if found[shapes]:
+                one.mix(self.tokens, self.keys)
+                mixed.append(path)
+        if mixed:
+            known = resized_of(module)
+            names = [f"{path}.{name}" for path in mixed for name in MIXES]
+            shapes_now = {name: tuple(module.get_parameter(name).shape) for name in names}
+            note(module, dataclasses.replace(known, shapes={**known.shapes, **shapes_now}))
+        return mixed
+
+    def _mixing_pays(self, attention: nn.Module) -> bool:
+        factors, mixtures = copy.deepcopy(attention), copy.deepcopy(attention)
+        mix: Any = mixtures
+        mix.mix(self.tokens, self.keys)
+        widths = []
+        for name, one in list(factors.named_modules()):
+            if isinstance(one, nn.Linear):
+                rank = self.rank_for((one.out_features, one.in_features))
+                empty = (one.weight.new_zeros(one.out_features, rank), one.weight.new_zeros(rank, one.in_features))
+                anatomy.replace(factors, name, LowRank(*(factor.to(DTYPES[self.dtype]) for factor in empty)))
+                widths.append(one.in_features)
+        x = torch.randn(1, self.tokens, widths[0], generator=torch.Generator().manual_seed(0))
+        x = x.to(next(attention.parameters()))
+        with torch.inference_mode():
+            calls: list[Callable[[], Any]] = [partial(one, x) for one in (attention, factors, mixtures)]
+            times = torch.tensor(list(latency.in_turns(calls, repeats=5, warmup=1))).median(0).values.tolist()
+        return bool(times[2] <= self.fastest * times[0] and times[2] < times[1])
 
     def _factors(self, matrix: Tensor, rank: int, moment: Tensor | None, generator: torch.Generator) -> Weight:
         if self.solver == "random":
