@@ -10,10 +10,10 @@ from the same page cache.
 It fails (exit code 1) where the result differs from mergekit's by more than rounding, where it depends on how inputs
 or outputs are cut into shards, or where it takes 600 MB more than the largest tensor. Rounding: half a unit in the last
 place (ulp) of the largest number involved for each operation that is rounded: of the checkpoints' dtype, in which
-mergekit computes unless it is told otherwise; it is then run once more in float32. Where a difference to the base is as
-large as the one that TIES trims at, either choice is right (a sort keeps any of them, ours keeps all): there mergekit
-must have what one of the choices gives. DARE is not compared: its draws are random, and mergekit scales what is left
-by norms instead of chances.
+mergekit computes unless it is told otherwise; it is then run once more in float32. Where a difference to the base is,
+up to that rounding, the one that TIES trims at, or two of them cancel, rounding decides (and a sort keeps any of those
+that are equal, ours all): there mergekit must have what one of the choices gives. DARE is not compared: its draws are
+random, and mergekit scales what is left by norms instead of chances.
 """
 
 from __future__ import annotations
@@ -165,10 +165,11 @@ def ulp(size: Tensor, bits: int) -> Tensor:
     return torch.exp2(size.clamp_min(1e-30).log2().floor() - bits)
 
 
-def ties_of(base: Tensor, deltas: Tensor, kept: Tensor) -> Tensor:
-    """TIES of deltas (E, n) of which ``kept`` (E, n) are not trimmed."""
+def ties_of(base: Tensor, deltas: Tensor, kept: Tensor, slack: Tensor, lean: float) -> Tensor:
+    """TIES of deltas (E, n) of which ``kept`` (E, n) are not trimmed; sums up to ``slack`` (n,) have sign ``lean``."""
     left = deltas * kept
-    sign = torch.where(left.sum(0) >= 0, 1.0, -1.0).double()
+    total = left.sum(0)
+    sign = torch.where(total.abs() <= slack, lean, total.sign())
     agree = left.sign() == sign
     return base + (left * agree).sum(0) / agree.sum(0).clamp(min=1)
 
@@ -178,7 +179,7 @@ def difference(method: str, home: Path, ours: Path, theirs: Path, computed: torc
 
     Returns:
         In ulps of ``computed``, in which mergekit computed; in those of bfloat16; and the share of elements at which
-        either choice of TIES is right.
+        rounding decides in TIES.
     """
     sources = {name: tensors_of(home / name) for name in ("base", "a", "b")}
     one, two = tensors_of(ours), tensors_of(theirs)
@@ -195,15 +196,16 @@ def difference(method: str, home: Path, ours: Path, theirs: Path, computed: torc
             deltas = torch.stack([a - base, b - base])
             keep = max(1, int(DENSITY * x.numel()))
             least = deltas.abs().kthvalue(x.numel() - keep + 1, dim=1, keepdim=True).values
-            # with coarse arithmetic differences near the threshold are rounded to either side of it
-            slack = ulp(least, BITS[computed]) if computed != torch.float32 else 1e-6 * least
-            either = (deltas.abs() - least).abs() <= slack
-            at = either.any(0)
+            # coarse arithmetic rounds differences to either side of the threshold, and sums to nothing
+            eps = 2.0 ** -(BITS[computed] - 1 if computed != torch.float32 else 20)
+            either = (deltas.abs() - least).abs() <= eps * least
+            slack = eps * deltas.abs().amax(0)
+            at = either.any(0) | (deltas.sum(0).abs() <= slack)
             open_ += int(at.sum())
             some, surely = deltas[:, at], (deltas.abs() >= least)[:, at]
-            for choice in product((False, True), repeat=2):
+            for *choice, lean in product((False, True), (False, True), (-1.0, 1.0)):
                 kept = torch.where(either[:, at], torch.tensor(choice)[:, None], surely)
-                away[at] = torch.minimum(away[at], (ties_of(base[at], some, kept) - y[at]).abs())
+                away[at] = torch.minimum(away[at], (ties_of(base[at], some, kept, slack[at], lean) - y[at]).abs())
         size = torch.stack([x, y, base, a, b]).abs().amax(0)
         worst = max(worst, float((away / ulp(size, bits)).max()))
         coarse = max(coarse, float((away / ulp(size, 7)).max()))
@@ -304,7 +306,7 @@ def main() -> int:
                         found, coarse, either = difference(method, home, wrote["pennyweight"], wrote[name], computed)
                         # the last rounding of each, where everything before it is finer than the result
                         most = 1.0 if computed != dtype else ROUNDINGS[method] / 2
-                        choice = f", {either:.2%} of the elements at the threshold" if method == "ties" else ""
+                        choice = f", {either:.2%} of the elements where rounding decides" if method == "ties" else ""
                         print(
                             f"{'':16s} against mergekit in {str(computed)[6:]}: {found:.3g} ulps of {given.dtype} "
                             f"({coarse:.3g} of bfloat16) at most, {most:.3g} allowed{choice}",
