@@ -3,11 +3,11 @@
     python -P benchmarks/sparsity.py [--methods NAME ...] [--windows 16] [--results FILE.jsonl]
     python -P benchmarks/sparsity.py --choose --methods ast-24 --set rate=3e-4 --set steps=8
 
-All linear maps inside blocks are pruned, embedding and head are left. Every method calibrates on the same windows of
-one part of the text and is judged on the same windows of another; ratios of perplexities are paired by window. Those
-that train see the same tokens of the first part, as many steps of as many windows; their rates were chosen (--choose)
-on windows of that part that none trains on. What a method stores is counted to the byte. Finished methods are read
-back from the results file, so that a run may be cut short and gone on with.
+All linear maps inside blocks are pruned, embedding and head are left. Every method on a model calibrates on the same
+windows of one part of the text and is judged on the same windows of another; ratios of perplexities are paired by
+window. Those that train see more of the first part, all the same tokens; the rate of AST and of its control was chosen
+(--choose) on windows of that part that none trains on. What a method stores is counted to the byte. Finished methods are
+read back from the results file, so that a run may be cut short and gone on with.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ METHODS = {
         "AST, boosted (SLoRB)", "2:4 + 1/16", "prune.ast", {**_AST, "every": 4, "score": "wanda", "group": 16}
     ),
     "mask-24": Method("SparseGPT's masks, weights as they were", "2:4", "prune.maskllm", {"steps": 0}),
-    "maskllm-24": Method("MaskLLM from SparseGPT's masks", "2:4", "prune.maskllm", {**_TRAINED, "rate": 5e-3}),
+    "maskllm-24": Method(
+        "MaskLLM from SparseGPT's masks, rate not searched", "2:4", "prune.maskllm", {**_TRAINED, "rate": 5e-3}
+    ),
     "nowag-24": Method("NoWag, with its two sides", "2:4 + 7 %", "prune.armor", {"iterations": 0}),
     "armor-24": Method("ARMOR, 60 iterations", "2:4 + 7 %", "prune.armor", {"iterations": 60}),
     "minilm-magnitude": Method("magnitude", "50 %", "prune.magnitude", {"sparsity": 0.5}, "minilm-l6"),
