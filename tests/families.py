@@ -166,14 +166,15 @@ FAMILIES = (*_CONFIGS, *_PLAIN)
 VISION = frozenset({"vit", "deit", "swin", "convnext", "resnet", *_PLAIN})
 
 
-def build(family: str, seed: int = 0) -> nn.Module:
+def build(family: str, seed: int = 0, **changes: object) -> nn.Module:
     """A tiny model in eval mode, every parameter moved off its initial value (norm scales are 1 and biases 0 there)."""
     torch.manual_seed(seed)
     if family in _PLAIN:
+        assert not changes, f"{family} has no configuration to change"
         module = _PLAIN[family]()
     else:
         model, config, options = _CONFIGS[family]
-        module = getattr(transformers, model)(getattr(transformers, config)(**options))
+        module = getattr(transformers, model)(getattr(transformers, config)(**(options | changes)))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -8,9 +8,13 @@ from scipy.stats import binom
 from torch import nn
 from torch.nn import functional
 
-from pennyweight.errors import DataError, OptionError
+from pennyweight.errors import DataError, OptionError, ShapeError
+from pennyweight.lever import make
+from pennyweight.levers.prune.class_dependent import LogOdds
+from pennyweight.model.loading import of_module
 from pennyweight.train import Samples, Trainer
 from pennyweight.train.class_dependent import ClassLoss, auc, class_dependent, ranking_penalty
+from pennyweight.work import Work
 
 
 def data(count=160, seed=0):
@@ -139,3 +143,54 @@ def test_bad_options_are_named(options, words):
         ClassLoss(importance=0)
     with pytest.raises(DataError, match="one class"):
         class_dependent(net(), data(), (torch.zeros(3, 6), torch.zeros(3)), **QUICK)
+
+
+class TwoLogits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+SHORT = {"rounds": 2, "steps": 40, "rewind": 5, "batch": 16, "rate": 0.05}
+
+
+def changed(options, labels=None):
+    x, y = data(400)
+    model = of_module(TwoLogits())
+    windows = {"x": x, "labels": y if labels is None else labels}
+    work = Work(model=model, windows=windows, maps=model.anatomy.layers())
+    make("prune.class_dependent", {**SHORT, **options}).change(model, work)
+    return model, x, y
+
+
+def test_the_lever_leaves_sparse_layers_that_give_what_the_ticket_gave():
+    model, x, y = changed({})
+    layers = [model.module.first.weight, model.module.last.weight]
+    assert [int((one.dense() == 0).sum()) for one in layers] == [72, 24]  # 3/4 of 96 and of 32, in two rounds
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    held, seen = order[:120], order[120:]
+    wrapped = LogOdds(TwoLogits())
+    tickets = class_dependent(
+        wrapped, (x[seen], y[seen]), (x[held], y[held]), loss=ClassLoss(importance=4, ranking=0.5),
+        **{name: value for name, value in SHORT.items()},
+    )  # fmt: skip
+    with torch.no_grad():
+        z = model.module(x)
+        torch.testing.assert_close(z[:, 1] - z[:, 0], tickets[-1].module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_lever_keeps_the_sparsest_that_shows_its_floor_or_says_why_none_does():
+    model, _, _ = changed({"floor": 0.3, "rounds": 1})
+    assert int((model.module.first.weight.dense() == 0).sum()) == 48
+    with pytest.raises(OptionError, match=r"no round is shown to recall 100.0% of the class; the best shows"):
+        changed({"floor": 1.0})
+    with pytest.raises(DataError, match=r"labels of shape \(400,\); give \(samples,\) of 0 and 1"):
+        changed({}, labels=torch.arange(400))
+    with pytest.raises(DataError, match="inputs x, labels; give one input and 'classes', by name"):
+        changed({"labels": "classes"})
+    with pytest.raises(ShapeError, match=r"outputs \(4, 3\); give a classifier of two classes"):
+        LogOdds(nn.Linear(6, 3))(torch.ones(4, 6))

@@ -79,7 +79,7 @@ def test_operators_are_found_once_each(kind):
 def test_an_operator_that_does_nothing_scores_exactly_zero_and_others_do_not():
     module = dit()
     with torch.no_grad():
-        for layer in (module.blocks[0].cross_attn.o_proj, module.blocks[2].ffn["fc2"]):
+        for layer in (module.blocks[0].cross_attn.o_proj, module.blocks[2].ffn.fc2):
             layer.weight.zero_()
             layer.bias.zero_()
     still = {"blocks.0 cross_attention", "blocks.2 ffn"}
@@ -87,7 +87,7 @@ def test_an_operator_that_does_nothing_scores_exactly_zero_and_others_do_not():
     assert {name for name, score in scores.items() if score == 0} == still
     assert min(score for name, score in scores.items() if name not in still) > 1e-3
     with torch.no_grad():  # a whole block
-        for layer in (module.blocks[1].attn.o_proj, module.blocks[1].cross_attn.o_proj, module.blocks[1].ffn["fc2"]):
+        for layer in (module.blocks[1].attn.o_proj, module.blocks[1].cross_attn.o_proj, module.blocks[1].ffn.fc2):
             layer.weight.zero_()
             layer.bias.zero_()
     blocks = latent_scores(module, operators(module, "block"), sampler())

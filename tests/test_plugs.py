@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from families import build, inputs, run
@@ -9,11 +10,15 @@ from torch import Tensor, nn
 
 from pennyweight.errors import DataError, OptionError
 from pennyweight.lever import make
+from pennyweight.model import load, save
 from pennyweight.model.loading import of_module
+from pennyweight.model.resized import resized_of
 from pennyweight.solvers.depth import streams
 from pennyweight.solvers.probes import Interval, alignment, chained, intervals, probes, turning
+from pennyweight.solvers.projections import feed_forwards, fitted, projections
 from pennyweight.train.plugs import Plugs, unit_error
 from pennyweight.work import Work
+from pennyweight.zoo.dit import DiT, DiTConfig
 
 
 class Step(nn.Module):
@@ -143,3 +148,77 @@ def test_kept_plugs_are_what_they_were_when_switched_in():
     make("prune.ppcl", {"steps": 2}).change(again, work)
     assert len(again.module.model.layers) == 1
     assert model.kind == again.kind
+
+
+def test_a_linear_part_is_found_exactly_and_another_as_least_squares_have_it():
+    x = rows(40).flatten(0, 1).double()
+    g = torch.Generator().manual_seed(4)
+    matrix, bias = (torch.randn(shape, generator=g).double() for shape in ((3, 6), (3,)))
+    found = fitted(x, x @ matrix.mT + bias)
+    torch.testing.assert_close(found[0], matrix, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], bias, rtol=1e-5, atol=1e-5)
+    y = torch.sin(x @ matrix.mT)
+    wanted = np.linalg.lstsq(np.hstack([x.numpy(), np.ones((len(x), 1))]), y.numpy(), rcond=None)[0]
+    matrix, bias = fitted(x, y)
+    np.testing.assert_allclose(matrix.numpy().T, wanted[:-1], atol=1e-5)
+    np.testing.assert_allclose(bias.numpy(), wanted[-1], atol=1e-5)
+
+
+def test_feed_forwards_are_the_smallest_modules_that_hold_them():
+    assert feed_forwards(build("llama")) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert feed_forwards(build("gpt2")) == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
+    assert feed_forwards(build("bert")) == []  # a block's own forward adds and norms between their two layers
+    assert feed_forwards(DiT(DiTConfig(depth=2, width=8, num_heads=2))) == ["blocks.0.ffn", "blocks.1.ffn"]
+
+
+def test_a_linear_layer_for_a_part_switches_in_and_out_and_survives_a_file(tmp_path):
+    module, found = build("llama"), inputs("llama")
+    before = run(module, "llama")
+    part = projections(module, found)[1]
+    assert 0 < part.alignment < 1
+    plugs = Plugs(module, [], [part])
+    with plugs.on([0]):
+        wanted = run(module, "llama")
+    assert torch.equal(run(module, "llama"), before)
+    mlp = module.model.layers[1].mlp
+    handle = mlp.register_forward_hook(lambda _, x, out: (x[0].double() @ part.matrix.mT + part.bias).to(out))
+    torch.testing.assert_close(run(module, "llama"), wanted, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    size = sum(one.numel() for one in module.parameters())
+    plugs.keep([0], found)
+    assert torch.equal(run(module, "llama"), wanted)
+    width = module.config.hidden_size
+    gone = sum(one.numel() for one in mlp.parameters()) - width * (width + 1)
+    assert sum(one.numel() for one in module.parameters()) == size - gone
+    save(of_module(module), tmp_path / "saved")
+    assert torch.equal(run(load(tmp_path / "saved").module, "llama"), wanted)
+
+
+def test_runs_and_parts_go_together_and_overlap_is_refused(tmp_path):
+    module = build("llama", num_hidden_layers=4)
+    found = inputs("llama")
+    parts = projections(module, found)
+    with pytest.raises(OptionError, match=r"model\.layers\.1\.mlp goes with another plug already"):
+        Plugs(module, [Interval(0, 1, 0.0)], parts[1:2])
+    plugs = Plugs(module, [Interval(0, 1, 0.0)], parts[3:])
+    losses = plugs.train(lambda step: found, steps=30, rate=1e-2)
+    assert losses[-1] < losses[0]
+    with plugs.on([0, 1]):
+        wanted = run(module, "llama")
+    plugs.keep([0, 1], found)
+    assert torch.equal(run(module, "llama"), wanted)
+    assert resized_of(module).linear == {"model.layers.2.mlp": (module.config.hidden_size,) * 2}
+    save(of_module(module), tmp_path / "saved")
+    assert torch.equal(run(load(tmp_path / "saved").module, "llama"), wanted)
+
+
+def test_the_lever_takes_width_beside_depth():
+    module, found = build("llama", num_hidden_layers=4), inputs("llama")
+    model = of_module(module)
+    work = Work(model=model, windows=found["input_ids"], maps=model.anatomy.layers())
+    make("prune.ppcl", {"runs": 0, "projections": 2, "steps": 2}).change(model, work)
+    assert len(resized_of(module).linear) == 2
+    bert = of_module(build("bert"))
+    work = Work(model=bert, windows=inputs("bert")["input_ids"], maps=bert.anatomy.layers())
+    with pytest.raises(OptionError, match="feed-forwards that are modules of their own"):
+        make("prune.ppcl", {"runs": 0, "projections": 1}).change(bert, work)

@@ -163,6 +163,43 @@ def test_what_a_network_of_no_library_has():
     assert (kinds.count("ffn"), kinds.count("heads"), kinds.count("hidden")) == (2, 2, 1)
 
 
+class UNet(nn.Module):
+    """Down, across and up again, with a skip that is joined to what comes back, groups that are normed, and a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.down = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.time, self.norm = nn.Linear(4, 16), nn.GroupNorm(4, 16)
+        self.inner, self.outer = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 3, padding=1)
+        self.up, self.join = nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Conv2d(16, 8, 3, padding=1)
+        self.leave = nn.Conv2d(8, 1, 1)
+
+    def forward(self, images: Tensor, times: Tensor) -> Tensor:
+        skip = torch.relu(self.enter(images))
+        x = self.down(skip) + self.time(times)[:, :, None, None]
+        x = x + self.outer(torch.relu(self.inner(nn.functional.silu(self.norm(x)))))
+        return self.leave(torch.relu(self.join(torch.cat([self.up(x), skip], 1))))
+
+
+def test_a_unet_shrinks_on_every_level_and_is_restored(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    given = torch.randn(2, 1, 8, 8, generator=generator), torch.randn(2, 4, generator=generator)
+    module = UNet().eval()
+    graph = trace(module, given)
+    found = [one for one in graph.dimensions if one.kind in ("channels", "hidden")]
+    assert {one.size for one in found} >= {8, 24}  # the skip, what comes up, the inside; groups of the norm stay whole
+    kept = {one: torch.arange(one.size)[one.size // 4 :] for one in found}
+    masks = {one.axis: torch.zeros(one.size, dtype=torch.bool).index_fill(0, stay, True) for one, stay in kept.items()}
+    wanted = masked(module, graph, masks, given)[0]
+    assert remove(module, graph, kept, given) < 1e-5
+    assert (module.enter.out_channels, module.inner.out_channels, module.join.in_channels) == (6, 18, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(module(*given), wanted, rtol=1e-4, atol=1e-5)
+        save(of_module(module), tmp_path)
+        assert torch.equal(restore(UNet(), tmp_path).module(*given), module(*given))
+
+
 class Unknown(nn.Module):
     """Something that no rule knows stands behind its hidden units."""
 

@@ -111,7 +111,7 @@ def _run_in_place(job: Job, recipe: Recipe) -> Solved:
                 raise _nothing(step, where)
             work = Work(
                 model=changed, windows=job.calibration[: job.settings.statistics], maps=maps, seed=job.settings.seed,
-                draw=job.text, report=job.progress,
+                draw=job.text, report=job.progress, original=job.model,
             )  # fmt: skip
             if step.card.reach == "weight":
                 needs = needs_of(step.lever)

@@ -39,6 +39,7 @@ class Work:
         draw: gives (count, T) further calibration windows of the same text; None where there is no more than
             ``windows``.
         report: called with (stage, done, total).
+        original: the model before the first step of the recipe; None where there is no recipe.
     """
 
     model: Model
@@ -47,6 +48,7 @@ class Work:
     seed: int = 0
     draw: Callable[[int], Tensor] | None = None
     report: Report = silent
+    original: Model | None = None
 
     def inputs(self, lever: str) -> Windows:
         """The windows, or a DataError that says who needs them."""

@@ -88,7 +88,7 @@ def measure(
         )  # fmt: skip
         return
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit, show
+    from pennyweight.cli.tables import told
     from pennyweight.measure import measure
 
     with progress() as report:
@@ -96,9 +96,7 @@ def measure(
             model, data, reference=reference, windows=windows, timed=timed, seed=seed,
             report=lambda done, total: report("scoring windows", done, total),
         )  # fmt: skip
-    show(found.table())
-    if json:
-        emit(found.to_json(), json)
+    told(found, json)
 
 
 @app.command()
@@ -265,14 +263,12 @@ def compare(
 ) -> None:
     """Several levers or recipes on the same model at the same budget, in one table."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit, show
+    from pennyweight.cli.tables import told
     from pennyweight.compare import compare
 
     with progress() as report:
         found = compare(model, recipes, budgets=budget or (), data=data, out=out, seed=seed, progress=report)
-    show(found.table())
-    if json:
-        emit(found.to_json(), json)
+    told(found, json)
 
 
 @app.command()
@@ -293,7 +289,7 @@ def study(
 ) -> None:
     """Quantize under every setting of a grid: method, bits, groups, inputs (all lists after commas)."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit, show
+    from pennyweight.cli.tables import told
     from pennyweight.errors import OptionError
     from pennyweight.job import Settings
     from pennyweight.study import study
@@ -310,9 +306,7 @@ def study(
             groups=numbers("groups", groups), activations=activations.split(","), data=data, out=out,
             settings=Settings(length=length, heldout=windows, seed=seed), progress=report,
         )  # fmt: skip
-    show(found.table())
-    if json:
-        emit(found.to_json(), json)
+    told(found, json)
 
 
 @app.command()
@@ -343,7 +337,7 @@ def essential(
 ) -> None:
     """How far a model can be pruned for nothing: curves over sparsity, and where they turn (lists after commas)."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit, show
+    from pennyweight.cli.tables import told
     from pennyweight.errors import OptionError
     from pennyweight.essential import Tune, essential
     from pennyweight.job import Settings
@@ -360,9 +354,7 @@ def essential(
             tune=Tune(steps=steps, rate=rate), data=data, out=out,
             settings=Settings(length=length, heldout=windows, seed=seed), progress=report,
         )  # fmt: skip
-    show(found.table())
-    if json:
-        emit(found.to_json(), json)
+    told(found, json)
 
 
 @app.command()
@@ -385,7 +377,7 @@ def components(
 ) -> None:
     """How much pruning each part of a model stands, and the best split of a total over them (lists after commas)."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit, show
+    from pennyweight.cli.tables import told
     from pennyweight.components import study_text_model
     from pennyweight.errors import OptionError
     from pennyweight.job import Settings
@@ -402,9 +394,7 @@ def components(
             model, named, sparsities=shares, totals=wanted, score=score, scope=scope, data=data,
             settings=Settings(length=length, heldout=windows, seed=seed), progress=report,
         )  # fmt: skip
-    show(found.table())
-    if json:
-        emit(found.to_json(), json)
+    told(found, json)
 
 
 @app.command()
@@ -418,14 +408,12 @@ def frontier(
 ) -> None:
     """The whole curve of quality against bytes, from one measurement of sensitivity."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit, show
+    from pennyweight.cli.tables import told
     from pennyweight.frontier import frontier
 
     with progress() as report:
         found = frontier(model, data=data, levers=levers, out=out, seed=seed, progress=report)
-    show(found.table())
-    if json:
-        emit(found.to_json(), json)
+    told(found, json)
 
 
 @app.command()
@@ -438,14 +426,12 @@ def verify(
 ) -> None:
     """Re-measure a fitted directory against its receipt; exit code 1 when it does not hold."""
     from pennyweight.cli.progress import progress
-    from pennyweight.cli.tables import emit, show
+    from pennyweight.cli.tables import told
     from pennyweight.verify import verify
 
     with progress() as report:
         found = verify(directory, model=model, progress=report)
-    show(found.table())
-    if json:
-        emit(found.to_json(), json)
+    told(found, json)
     if not found.holds:
         raise typer.Exit(1)
 

@@ -40,6 +40,17 @@ def show(found: Any) -> None:
     (Console() if sys.stdout.isatty() else Console(width=200)).print(found)
 
 
+def told(found: Any, to: Path | None = None) -> None:
+    """Print the table of ``found``, and write its figures as JSON where asked for.
+
+    Raises:
+        OutputError: a place that cannot be written.
+    """
+    show(found.table())
+    if to is not None:
+        emit(found.to_json(), to)
+
+
 def emit(found: Any, to: Path | None = None) -> None:
     """Write ``found``, JSON text or what becomes it, to the file ``to``, or print it.
 

@@ -63,19 +63,7 @@ class Logits:
 
     def _states(self, ids: Tensor) -> Tensor | None:
         """What reaches the head (B, T, D); None where no head takes one state a token."""
-        if self._head is None:
-            return None
-        seen: list[Tensor] = []
-
-        def shorten(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen.append(inputs[0])
-            return (inputs[0][..., :1, :], *inputs[1:])
-
-        with self._head.register_forward_pre_hook(shorten):
-            run(self.module, ids)
-        # several where a packed cache makes the model read in chunks
-        states = torch.cat(seen, dim=-2) if seen else None
-        return states if states is not None and states.shape[:-1] == ids.shape else None
+        return None if self._head is None else states_before(self.module, self._head, ids)
 
     def _whole(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
         logits = first_tensor(run(self.module, ids))
@@ -107,6 +95,24 @@ class Logits:
         with self._head.register_forward_pre_hook(exchange):
             output = run(self.module, torch.zeros(1, 1, dtype=torch.long, device=states.device))
         return first_tensor(output)[0].float()
+
+
+def states_before(module: nn.Module, head: nn.Module, ids: Tensor) -> Tensor | None:
+    """What reaches ``head`` of ``module`` on ids (B, T): (B, T, D), with its gradients where the caller wants them.
+
+    The head itself runs on one position only. None where it does not take one state a token.
+    """
+    seen: list[Tensor] = []
+
+    def shorten(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(inputs[0])
+        return (inputs[0][..., :1, :], *inputs[1:])
+
+    with head.register_forward_pre_hook(shorten):
+        run(module, ids)
+    # several where a packed cache makes the model read in chunks
+    states = torch.cat(seen, dim=-2) if seen else None
+    return states if states is not None and states.shape[:-1] == ids.shape else None
 
 
 def check_windows(windows: Tensor, logits: Logits) -> None:

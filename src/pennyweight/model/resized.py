@@ -26,14 +26,16 @@ class Resized:
         kept: by path of a list of blocks, which of its blocks are left, in order.
         shapes: by name, the shapes of tensors that are smaller.
         sizes: by path of a module, whole numbers that its code reads and that changed.
+        linear: by path of a module, (outputs, inputs) of the linear layer with a bias that stands in its place.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    linear: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.kept or self.shapes or self.sizes)
+        return bool(self.kept or self.shapes or self.sizes or self.linear)
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -41,6 +43,7 @@ class Resized:
             "kept": {path: list(found) for path, found in self.kept.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "sizes": {path: dict(found) for path, found in self.sizes.items()},
+            **({"linear": {path: list(found) for path, found in self.linear.items()}} if self.linear else {}),
         }
 
     @classmethod
@@ -56,9 +59,10 @@ class Resized:
             str(path): {str(key): tuple(value) if isinstance(value, list) else int(value) for key, value in one.items()}
             for path, one in found["sizes"].items()
         }
-        if any(size < 0 for shape in (*shapes.values(), *kept.values()) for size in shape):
+        linear = {str(path): (int(out), int(into)) for path, (out, into) in found.get("linear", {}).items()}
+        if any(size < 0 for shape in (*shapes.values(), *kept.values(), *linear.values()) for size in shape):
             raise ValueError("sizes below 0")
-        return cls(kept, shapes, sizes)
+        return cls(kept, shapes, sizes, linear)
 
 
 def resized_of(module: nn.Module) -> Resized:
@@ -81,6 +85,9 @@ def lay(module: nn.Module, found: Resized, where: str) -> None:
     try:
         for path, kept in found.kept.items():
             keep_blocks(module, path, kept)
+        for path, (out, into) in found.linear.items():
+            old = next(module.get_submodule(path).parameters())
+            module.set_submodule(path, nn.Linear(into, out, device=old.device, dtype=old.dtype))
         for name, shape in found.shapes.items():
             _reshape(module, name, shape)
         for path, sizes in found.sizes.items():
@@ -89,7 +96,7 @@ def lay(module: nn.Module, found: Resized, where: str) -> None:
                 if key not in part.__dict__:
                     raise AttributeError(f"{path} has no {key}")
                 setattr(part, key, value)
-    except (AttributeError, IndexError, KeyError) as error:
+    except (AttributeError, IndexError, KeyError, StopIteration) as error:
         raise ModelError(f"{where}: speaks of layers that the model has not ({error})") from error
     note(module, found)
 

@@ -89,6 +89,7 @@ def train(
     report: Report | None = None,
     callbacks: Sequence[Callback] = (),
     optimizer: Callable[[ParamsT], Optimizer] = torch.optim.AdamW,
+    beside: Sequence[Tensor] = (),
 ) -> None:
     """Train the parameters of ``groups`` in place, for ``steps`` of AdamW along a cosine to a twentieth of each rate.
 
@@ -107,6 +108,7 @@ def train(
         report: called with the steps done and all of them.
         callbacks: called after each step, in order.
         optimizer: made of the groups.
+        beside: further tensors with a row a window, which the loss gets after the token ids.
 
     Raises:
         ModelError: a loss that is not finite.
@@ -121,7 +123,7 @@ def train(
     trained = [parameter for group in parameters for parameter in group["params"]]  # type: ignore[attr-defined]
     with only(module, trained), _evaluating(module) as still:
         trainer = Trainer(
-            still, optimizer(parameters), Samples(windows, seed=seed), batch=min(batch, len(windows)),
+            still, optimizer(parameters), Samples(windows, *beside, seed=seed), batch=min(batch, len(windows)),
             loss=lambda _, samples: loss(module, samples), schedule=cosine(steps, warmup * steps, floor=0.05),
             clip=clip, dtype="auto", callbacks=callbacks,
         )  # fmt: skip

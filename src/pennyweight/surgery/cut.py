@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pennyweight.errors import ModelError, OptionError
 from pennyweight.model import anatomy
-from pennyweight.model.resized import Resized, is_counter, note, resized_of
+from pennyweight.model.resized import is_counter, note, resized_of
 from pennyweight.surgery.axes import Axis, mask_of, parts
 from pennyweight.surgery.reference import masked
 from pennyweight.surgery.settle import changed, changes, settle
@@ -242,4 +243,4 @@ def _counts(containers: Sequence[tuple[str, list[nn.Module]]], path: str, key: s
 def _remember(module: nn.Module, shapes: dict[str, tuple[int, ...]], sizes: dict[str, dict[str, Any]]) -> None:
     known = resized_of(module)
     merged = {path: {**known.sizes.get(path, {}), **sizes.get(path, {})} for path in (*known.sizes, *sizes)}
-    note(module, Resized(known.kept, {**known.shapes, **shapes}, merged))
+    note(module, replace(known, shapes={**known.shapes, **shapes}, sizes=merged))

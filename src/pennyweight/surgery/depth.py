@@ -94,9 +94,10 @@ def remove_blocks(module: nn.Module, blocks: Collection[int], inputs: Mapping[st
     new = _renamed(gone)
     shapes = {name: shape for old, shape in before.shapes.items() if (name := new(old)) is not None}
     sizes = {at: found for old, found in before.sizes.items() if (at := new(old)) is not None}
-    note(module, Resized(kept, shapes, sizes))
+    linear = {at: found for old, found in before.linear.items() if (at := new(old)) is not None}
+    note(module, Resized(kept, shapes, sizes, linear))
     pairs = {(len(found), len(found) - len(gone[above])) for above, (_, found) in lists.items()}
-    if not settle(module, pairs, inputs, Resized(before.kept, shapes, sizes)) and config:
+    if not settle(module, pairs, inputs, Resized(before.kept, shapes, sizes, linear)) and config:
         module.config.__dict__.update(copy.deepcopy(config))
     difference, bound = torch.inf, TOLERANCE.get(wanted[0].dtype, 1e-2) * max(float(one.abs().max()) for one in wanted)
     try:

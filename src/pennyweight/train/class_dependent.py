@@ -16,7 +16,7 @@ Shape letters: B samples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,7 @@ from pennyweight.train.samples import Batch, Samples
 
 Criterion = Literal["increase", "magnitude"]
 _LEVEL = 0.95
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,7 @@ def class_dependent(
     momentum: float = 0.9,
     clip: float | None = 1.0,
     seed: int = 0,
+    paths: Collection[str] | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> list[Ticket]:
     """Train, prune and go back in rounds; the network after each, the whole one first.
@@ -143,6 +145,7 @@ def class_dependent(
         momentum: of SGD.
         clip: largest norm of the gradient; None for any, as the source has it: the ranking penalty has no bound.
         seed: of the order of samples.
+        paths: of the linear layers and convolutions to prune; None for all of them.
         report: called with the rounds done and the sparsity.
 
     Raises:
@@ -160,7 +163,8 @@ def class_dependent(
     if len(torch.unique(heldout[1])) != 2:
         raise DataError("class_dependent: the held-out samples are of one class; give some of both")
     working = copy.deepcopy(module)
-    masks = Masks([part for part in working.modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))])
+    layers = {name: part for name, part in working.named_modules() if isinstance(part, _LAYERS)}
+    masks = Masks([part for name, part in layers.items() if paths is None or name in paths])
 
     class Keep:
         def step(self) -> None:

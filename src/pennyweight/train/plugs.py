@@ -1,10 +1,11 @@
-"""Plugs: one student block for each run of blocks, trained alone, so that any of them can be switched in.
+"""Plugs: one student for each run of blocks or part of a block, trained alone, so that any of them can be switched in.
 
 Row 24. Source: "Pluggable Pruning with Contiguous Layer Distillation for Diffusion Transformers" (PPCL),
 arXiv:2511.16156, and its released training (a student starts as the middle block of its run, is given what the
 *teacher* has before the run, and learns the teacher's stream behind it; token vectors are compared at unit length).
-Differs from the source: one stream, an option for the length of token vectors, which unit vectors cannot teach, and no
-second stage that prunes the text stream's width.
+Width goes by plugs as well: a linear layer for a part of a block (`pennyweight.solvers.projections`), taught in the
+same passes. Differs from the source: one stream, and an option for the length of token vectors, which unit vectors
+cannot teach.
 
 Shape letters: ... any leading dimensions, D width.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from torch.nn import functional
 
 from pennyweight.errors import OptionError
 from pennyweight.model import anatomy
+from pennyweight.model.resized import note, resized_of
 from pennyweight.solvers.probes import Interval
+from pennyweight.solvers.projections import Projection
 from pennyweight.surgery import remove_blocks
 from pennyweight.surgery.trace import run
 
@@ -36,29 +40,43 @@ def unit_error(student: Tensor, teacher: Tensor, *, length: float = 0.0) -> Tens
 
 
 class Plugs:
-    """Student blocks for runs of a teacher's blocks; ``module`` itself is not changed by anything but `keep`.
+    """Students for runs of a teacher's blocks and for parts of others; only `keep` changes ``module``.
 
     Args:
         module: the teacher, in eval mode.
         intervals: runs that share no block.
+        projections: of parts that lie in no run, and in none of each other.
 
     Attributes:
-        students: one for each interval, in order.
+        students: one for each interval, in order, then one for each projection.
 
     Raises:
-        OptionError: runs that overlap, or that the model has not.
+        OptionError: runs or parts that overlap, or that the model has not.
     """
 
-    def __init__(self, module: nn.Module, intervals: Sequence[Interval]) -> None:
+    def __init__(
+        self, module: nn.Module, intervals: Sequence[Interval], projections: Sequence[Projection] = ()
+    ) -> None:
         paths = [block.path for block in anatomy.of(module).blocks]
         taken = [block for one in intervals for block in one.blocks]
-        if not intervals or len(set(taken)) < len(taken) or not 0 <= min(taken) <= max(taken) < len(paths):
+        if not (intervals or projections) or (
+            taken and (len(set(taken)) < len(taken) or not 0 <= min(taken) <= max(taken) < len(paths))
+        ):
             runs = ", ".join(f"{one.first}-{one.last}" for one in intervals) or "none"
             raise OptionError(f"plugs: runs {runs} of {len(paths)} blocks; give some that share none")
-        self.module, self.intervals, self._paths = module, tuple(intervals), paths
-        self.students = nn.ModuleList(
+        self.module, self.intervals, self.projections = module, tuple(intervals), tuple(projections)
+        #: by student, the paths of the modules that it stands for, in the order they run
+        self._stands = [[paths[block] for block in one.blocks] for one in intervals]
+        self._stands += [[one.path] for one in projections]
+        whole = [path for stands in self._stands for path in stands]
+        for at, path in enumerate(whole):
+            if any(f"{path}.".startswith(f"{other}.") for other in (*whole[:at], *whole[at + 1 :])):
+                raise OptionError(f"plugs: {path} goes with another plug already; give parts that share nothing")
+        students: list[nn.Module] = [
             copy.deepcopy(module.get_submodule(paths[(one.first + one.last) // 2])) for one in intervals
-        )
+        ]
+        students += [one.layer(next(module.get_submodule(one.path).parameters())) for one in projections]
+        self.students = nn.ModuleList(students)
 
     def train(
         self,
@@ -102,8 +120,8 @@ class Plugs:
         given: dict[int, tuple[Any, Any]] = {}
         behind: dict[int, Tensor] = {}
         with ExitStack() as stack:
-            for index, one in enumerate(self.intervals):
-                first, last = (self.module.get_submodule(self._paths[at]) for at in (one.first, one.last))
+            for index, stands in enumerate(self._stands):
+                first, last = self.module.get_submodule(stands[0]), self.module.get_submodule(stands[-1])
 
                 def before(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
                     given[index] = (args, kwargs)
@@ -121,33 +139,35 @@ class Plugs:
         """The model with the students ``which`` in place of their runs, for as long as this lasts."""
         with ExitStack() as stack:
             for index in which:
-                one, student = self.intervals[index], self.students[index]
-                for block in one.blocks:
-                    layer = self.module.get_submodule(self._paths[block])
+                for place, path in enumerate(self._stands[index]):
+                    layer = self.module.get_submodule(path)
                     stack.callback(setattr, layer, "forward", layer.forward)
-                    setattr(layer, "forward", student.forward if block == one.first else _passed(layer.forward))  # noqa: B010
+                    setattr(layer, "forward", _passed if place else self.students[index].forward)  # noqa: B010
             yield self.module
 
     def keep(self, which: Collection[int], inputs: Inputs) -> None:
         """Put the students ``which`` into the module for good, and take the rest of their runs out.
 
         Args:
-            which: places of intervals.
+            which: places of students.
             inputs: to hold the shrunk model against, by `pennyweight.surgery.remove_blocks`.
         """
-        gone = []
+        gone: list[int] = []
+        linear: dict[str, tuple[int, int]] = {}
         for index in which:
-            one = self.intervals[index]
-            self.module.set_submodule(self._paths[one.first], self.students[index])
-            gone += one.blocks[1:]
+            student, path = self.students[index], self._stands[index][0]
+            self.module.set_submodule(path, student)
+            if index < len(self.intervals):
+                gone += self.intervals[index].blocks[1:]
+            else:
+                assert isinstance(student, nn.Linear)
+                linear[path] = (student.out_features, student.in_features)
+        known = resized_of(self.module)
+        if linear:
+            note(self.module, replace(known, linear={**known.linear, **linear}))
         remove_blocks(self.module, gone, inputs)
 
 
-def _passed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that hands its stream on."""
-    del forward
-
-    def passed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return x
-
-    return passed
+def _passed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Hands its stream on."""
+    return x

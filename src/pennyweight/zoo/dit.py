@@ -146,9 +146,7 @@ class _Block(nn.Module):
             nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(3)
         )
         self.attn, self.cross_attn = _Attention(config), _Attention(config, first_token=config.first_token)
-        self.ffn = nn.ModuleDict(
-            {"fc1": nn.Linear(width, config.expansion * width), "fc2": nn.Linear(config.expansion * width, width)}
-        )
+        self.ffn = _FeedForward(width, config.expansion * width)
         self.offset = nn.Parameter(torch.zeros(6, 1, width))
 
     def forward(self, x: Tensor, text: Tensor, shifts: Tensor) -> Tensor:
@@ -157,8 +155,18 @@ class _Block(nn.Module):
         x = x + gate_1 * self.attn(seen, seen)
         x = x + self.cross_attn(self.norm_2(x), text)
         seen = self.norm_3(x) * (1 + scale_2) + shift_2
-        added: Tensor = self.ffn["fc2"](functional.gelu(self.ffn["fc1"](seen), approximate="tanh"))
+        added: Tensor = self.ffn(seen)
         return x + gate_2 * added
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+        return out
 
 
 class _Attention(nn.Module):

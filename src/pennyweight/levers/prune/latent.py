@@ -99,9 +99,7 @@ def alter(module: nn.Module, operator: Operator, kept: float = 0.0) -> None:
         kept: share of the rank that stays, at least 1 unless it is 0; with any rank the biases stay.
     """
     for one in operator.maps:
-        near = LowRank.nearest(anatomy.matrix(module, one), _rank(one, kept))
-        # row by row in memory, as a file gives them back: products of other layouts are rounded otherwise
-        anatomy.replace(module, one.path, LowRank(*(part.detach().contiguous() for part in (near.up, near.down))))
+        anatomy.replace(module, one.path, LowRank.nearest(anatomy.matrix(module, one), _rank(one, kept)))
         bias = module.get_submodule(one.path).bias
         if not kept and isinstance(bias, nn.Parameter):
             bias.requires_grad_(False).zero_()
