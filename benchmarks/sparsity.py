@@ -6,8 +6,8 @@
 All linear maps inside blocks are pruned, embedding and head are left. Every method on a model calibrates on the same
 windows of one part of the text and is judged on the same windows of another; ratios of perplexities are paired by
 window. Those that train see more of the first part, all the same tokens; the rate of AST and of its control was chosen
-(--choose) on windows of that part that none trains on. What a method stores is counted to the byte. Finished methods are
-read back from the results file, so that a run may be cut short and gone on with.
+(--choose) on windows of that part that none trains on. What a method stores is counted to the byte. Finished methods
+are read back from the results file, so that a run may be cut short and gone on with.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ METHODS = {
     "wanda-24": Method("Wanda", "2:4", "prune.wanda", {"pattern": "2:4"}),
     "sparsegpt-24": Method("SparseGPT", "2:4", "prune.sparsegpt", {"pattern": "2:4"}),
     "trained-24": Method(
-        "SparseGPT, then what it keeps trained", "2:4", "prune.ast",
+        "SparseGPT, then what it keeps trained",
+        "2:4",
+        "prune.ast",
         {**_AST, "prior": "sparsegpt", "every": 0, "decay": 0.0},
     ),  # fmt: skip
     "ast-24": Method("AST", "2:4", "prune.ast", {**_AST, "every": 4, "score": "wanda"}),
