@@ -42,8 +42,8 @@ VERBS = {
     "verify": ("pennyweight.verify", "verify"),
 }
 _ROOMS = (
-    "adapt", "arch", "claims", "data", "distil", "errors", "eval", "evaluate", "laws", "model", "retrieval", "select",
-    "train", "weights",
+    "adapt", "arch", "claims", "data", "distil", "embeddings", "errors", "eval", "evaluate", "laws", "model",
+    "retrieval", "select", "train", "weights",
 )  # fmt: skip
 
 __all__ = [*VERBS, *_ROOMS]
