@@ -1,11 +1,17 @@
-"""Our GGUF files beside llama.cpp's own quantizer, both run by llama.cpp: size, perplexity and speed of each type.
+"""Our GGUF files beside llama.cpp's own quantizer, both run by llama.cpp: size, perplexity and speed.
 
-    python benchmarks/gguf_files.py --llama PYTHON [--model smollm2-135m] [--types Q4_0 Q5_0 Q8_0] [--windows 16]
+    python benchmarks/gguf_files.py --llama PYTHON [--model smollm2-135m-permuted] [--types Q4_0 Q4_K_M Q3_K_M Q2_K]
+        [--windows 16] [--out FILE] [--rates]
 
-PYTHON is the interpreter of a virtual environment that has `llama-cpp-python`. Ours are solved by `quantize.gptq` on
-the very grid of the type (an importance-weighted search for scales), the embedding in Q8_0, written as they are;
-theirs come from the float32 file, without an importance matrix. Ratios of perplexity to the float32 file on the same
-held-out tokens, in llama.cpp's own arithmetic, with 95 % intervals over windows.
+PYTHON is the interpreter of a virtual environment that has `llama-cpp-python`. Theirs is made from the float32 file at
+the library's defaults for the type, with the importance matrix of the calibration windows (mean squared inputs, as
+its own tool computes it). Ours is planned for no more bytes than theirs has (`fit --target gguf`): types by an
+integer program, each matrix solved on its grid with the statistics of the same windows, written as they are. Both are
+judged on the same held-out tokens in llama.cpp's own arithmetic: ratios with 95 % intervals, paired over windows.
+
+`--rates` compares decoding, ours and theirs in turn, at one and the same type for every tensor: the blocks of a type
+take the same time whoever filled them. The default model is SmolLM2-135M with its channels permuted: the original
+lies on a Q4_1 grid already, which a Q4_1 block would find again.
 """
 
 from __future__ import annotations
@@ -14,42 +20,47 @@ import argparse
 import json
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pennyweight.apply import apply
 from pennyweight.data import windows
 from pennyweight.export import export
+from pennyweight.export.targets import target
+from pennyweight.fit import plan_and_solve
+from pennyweight.job import Job, Settings, installed, quiet
+from pennyweight.journal import Journal
+from pennyweight.lever import find, make
 from pennyweight.measure import stats
-from pennyweight.model import load
-from pennyweight.recipe import Recipe
+from pennyweight.model import anatomy, load
+from pennyweight.model.model import Model
+from pennyweight.statistics import Statistics
+from pennyweight.task import task_of
+from pennyweight.units import Budget
+from pennyweight.weights import Dense
 
-GRID = {
-    "Q4_0": "bits: 4, group_size: 32, zero: none",
-    "Q5_0": "bits: 5, group_size: 32, zero: none",
-    "Q8_0": "bits: 8, group_size: 32, zero: none",
-}
-RECIPE = """pennyweight: 1
-steps:
-- quantize.rtn: {{bits: 8, group_size: 32, zero: none}}
-  where: "*embed_tokens"
-- quantize.gptq: {{{grid}, search: 40, importance: inputs}}
-  where: "*_proj"
-"""
+TYPES = ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 QUANTIZE = """
-import sys, llama_cpp
+import ctypes, sys
+import llama_cpp, numpy as np
+source, made, kind, matrix = sys.argv[1:]
+held = {name: np.ascontiguousarray(found, dtype=np.float32) for name, found in np.load(matrix).items()}
+entry = llama_cpp.llama_model_imatrix_data
+listed = (entry * (len(held) + 1))()  # the last has no name
+for index, (name, found) in enumerate(held.items()):
+    listed[index] = entry(name.encode(), found.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), found.size)
 options = llama_cpp.llama_model_quantize_default_params()
-options.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3])
-options.token_embedding_type = options.output_tensor_type = 8  # Q8_0, as in ours
-assert llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), options) == 0
+options.ftype, options.imatrix = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind), listed
+assert llama_cpp.llama_model_quantize(source.encode(), made.encode(), options) == 0
 """
-RUN = """
-import json, sys, time
+JUDGE = """
+import json, sys
 import numpy as np, llama_cpp
 ids = np.load(sys.argv[2])
-model = llama_cpp.Llama(sys.argv[1], n_ctx=ids.shape[1], n_threads=2, n_threads_batch=2, logits_all=True, verbose=False)
+model = llama_cpp.Llama(sys.argv[1], n_ctx=ids.shape[1], n_threads=int(sys.argv[3]), n_threads_batch=int(sys.argv[3]),
+                        logits_all=True, verbose=False)
 losses = []
 for row in ids:
     model.reset()
@@ -58,17 +69,24 @@ for row in ids:
     top = logits.max(1, keepdims=True)
     whole = np.log(np.exp(logits - top).sum(1)) + top[:, 0]
     losses.append(float((whole - logits[np.arange(len(row) - 1), row[1:]]).mean()))
-del model
-model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=2, n_threads_batch=2, verbose=False)
-rates = []
-for _ in range(4):
-    model.reset()
-    model.eval(ids[0, :32].tolist())
-    start = time.perf_counter()
-    for _ in range(64):
-        model.eval([model.sample(temp=0.0)])
-    rates.append(64 / (time.perf_counter() - start))
-print(json.dumps({"losses": losses, "decode": max(rates)}))
+print(json.dumps(losses))
+"""
+RATES = """
+import json, sys, time
+import numpy as np, llama_cpp
+ids, threads = np.load(sys.argv[1])[0, :32].tolist(), int(sys.argv[2])
+models = [llama_cpp.Llama(path, n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
+          for path in sys.argv[3:]]
+rates = [[] for _ in models]
+for _ in range(9):
+    for model, found in zip(models, rates):
+        model.reset()
+        model.eval(ids)
+        start = time.perf_counter()
+        for _ in range(48):
+            model.eval([model.sample(temp=0.0)])
+        found.append(48 / (time.perf_counter() - start))
+print(json.dumps(rates))
 """
 
 
@@ -76,39 +94,123 @@ def main() -> None:
     """Print a line a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", required=True, help="an interpreter that has llama_cpp")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--types", nargs="+", default=list(GRID), choices=list(GRID))
+    parser.add_argument("--model", default="smollm2-135m-permuted")
+    parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--statistics", type=int, default=32, help="calibration windows, of both")
+    parser.add_argument("--out", type=Path, help="where the files go; kept")
+    parser.add_argument("--rates", action="store_true", help="compare decoding instead, a type each for all tensors")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        home, source = Path(folder), load(asked.model)
-        ids = windows("wiki", source.tokenizer, part="heldout", count=asked.windows)
-        np.save(home / "ids.npy", ids.numpy())
-        export(source, "gguf", home / "f32.gguf", dtype="f32")
+        home = asked.out or Path(folder)
+        home.mkdir(parents=True, exist_ok=True)
+        job = _job(asked.model, asked.statistics, asked.windows, home)
+        _calibrated(job, home)
+        (_rates if asked.rates else _sizes)(job, asked.llama, asked.types, home)
 
-        def judged(file: Path) -> tuple[np.ndarray, float, int]:
-            done = subprocess.run(
-                [asked.llama, "-c", RUN, str(file), str(home / "ids.npy")], check=True, capture_output=True, text=True
-            )
-            found = json.loads(done.stdout.splitlines()[-1])
-            return np.array(found["losses"]), found["decode"], file.stat().st_size
 
-        plain, rate, size = judged(home / "f32.gguf")
-        print(f"{'float32':22} {size / 1e6:6.1f} MB  perplexity {np.exp(plain.mean()):.3f}, {rate:.1f} tokens a second")
-        for name in asked.types:
-            apply(source, Recipe.parse(RECIPE.format(grid=GRID[name])), out=home / name)
-            export(load(home / name), "gguf", home / f"ours-{name}.gguf")
-            theirs = home / f"theirs-{name}.gguf"
-            subprocess.run(
-                [asked.llama, "-c", QUANTIZE, str(home / "f32.gguf"), str(theirs), name],
-                check=True, capture_output=True,
-            )  # fmt: skip
-            for who, file in (("ours", home / f"ours-{name}.gguf"), ("llama.cpp's", theirs)):
-                losses, rate, size = judged(file)
-                found = stats.paired_difference(torch.tensor(losses), torch.tensor(plain))
-                low, middle, high = (float(np.exp(one)) for one in (found.low, found.value, found.high))
-                ratio = f"x {middle:.4f} [{low:.4f}, {high:.4f}]"
-                print(f"{name} {who:17} {size / 1e6:6.1f} MB  {ratio}, {rate:.1f} tokens a second", flush=True)
+def _job(name: str, statistics: int, heldout: int, home: Path) -> Job:
+    model = load(name)
+    return Job(
+        model=model, task=task_of(model), data="wiki", budgets=(), floor=None, cards=(find("quantize.blocks"),),
+        settings=Settings(statistics=statistics, heldout=heldout), journal=Journal.beside(home / "run"),
+        progress=quiet, target=target("gguf"),
+    )  # fmt: skip
+
+
+def _calibrated(job: Job, home: Path) -> None:
+    """The float32 file, the held-out tokens, and the importance matrix of the calibration windows."""
+    if not (home / "f32.gguf").exists():
+        export(job.model, "gguf", home / "f32.gguf", dtype="f32")
+    np.save(home / "ids.npy", windows("wiki", job.model.tokenizer, part="heldout", count=job.settings.heldout).numpy())
+    names = _names(job.model)
+    moments = {names[key]: _diagonal(found) for key, found in job.statistics().items() if key in names}
+    np.savez(home / "imatrix.npz", **moments)
+
+
+def _names(model: Model) -> dict[str, str]:
+    """The name in the file of each matrix of the blocks."""
+    import gguf
+
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    return {
+        layer.name: f"{table.get_name(layer.path)}.weight"
+        for layer in model.anatomy.layers() if layer.block is not None
+    }  # fmt: skip
+
+
+def _diagonal(found: Statistics) -> np.ndarray:
+    return found.need("second_moment", "gguf_files").diagonal().numpy()
+
+
+def _made(python: str, home: Path, name: str) -> Path:
+    """llama.cpp's own file of type ``name``."""
+    made = home / f"theirs-{name}.gguf"
+    subprocess.run(
+        [python, "-c", QUANTIZE, str(home / "f32.gguf"), str(made), name, str(home / "imatrix.npz")], check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return made
+
+
+def _sizes(job: Job, python: str, types: list[str], home: Path) -> None:
+    def judged(file: Path) -> np.ndarray:
+        done = subprocess.run(
+            [python, "-c", JUDGE, str(file), str(home / "ids.npy"), str(torch.get_num_threads())], check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        return np.array(json.loads(done.stdout.splitlines()[-1]))
+
+    plain = judged(home / "f32.gguf")
+    print(f"float32: {(home / 'f32.gguf').stat().st_size / 1e6:.2f} MB, perplexity {np.exp(plain.mean()):.3f}\n")
+    print("| class | file | MB | perplexity | ratio to float32 | ours / llama.cpp's |")
+    print("|---|---|---|---|---|---|")
+    for name in types:
+        theirs = _made(python, home, name)
+        ours = home / f"ours-{name}.gguf"
+        size = theirs.stat().st_size
+        solved = plan_and_solve(replace(job, budgets=(Budget.parse(f"{size}B"),)))
+        with installed(job.model.module, solved.slots, solved.weights):
+            export(job.model, "gguf", ours, overwrite=True)
+        assert ours.stat().st_size <= size
+        first, second = judged(ours), judged(theirs)
+        for who, file, losses in (("llama.cpp", theirs, second), ("ours", ours, first)):
+            between = _ratio(first, second) if who == "ours" else ""
+            megabytes, perplexity = f"{file.stat().st_size / 1e6:.2f}", f"{np.exp(losses.mean()):.3f}"
+            line = (name, who, megabytes, perplexity, _ratio(losses, plain))
+            print(f"| {' | '.join((*line, between))} |", flush=True)
+
+
+def _ratio(one: np.ndarray, other: np.ndarray) -> str:
+    found = stats.paired_difference(torch.tensor(one), torch.tensor(other))
+    low, middle, high = (float(np.exp(value)) for value in (found.low, found.value, found.high))
+    return f"{middle:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def _rates(job: Job, python: str, types: list[str], home: Path) -> None:
+    """Tokens a second of ours over theirs, every tensor of theirs of the type it has there."""
+    import gguf
+
+    statistics, names = job.statistics(), _names(job.model)
+    for name in types:
+        theirs = _made(python, home, name)
+        kinds = {found.name: found.tensor_type.name for found in gguf.GGUFReader(theirs).tensors}
+        model = load(job.model.name)
+        for layer in model.anatomy.layers():
+            kind = kinds[names.get(layer.name, "token_embd.weight")]
+            lever = make("quantize.blocks", {"type": kind, "passes": 1, "search": 4})
+            matrix, moment = Dense(anatomy.matrix(model.module, layer).detach()), statistics[layer.name]
+            if layer.block is None:
+                lever = make("quantize.rtn", {"bits": 8, "group_size": 32, "zero": "none"})
+                assert kind == "Q8_0", kind
+            anatomy.replace(model.module, layer.path, lever.solve(matrix, moment))
+        export(model, "gguf", home / f"same-{name}.gguf", overwrite=True)
+        command = [python, "-c", RATES, str(home / "ids.npy"), "2", str(home / f"same-{name}.gguf"), str(theirs)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        first, second = (np.array(rates) for rates in json.loads(done.stdout.splitlines()[-1]))
+        share = np.exp(stats.paired_difference(torch.tensor(np.log(first)), torch.tensor(np.log(second))).value)
+        rates = f"ours {np.median(first):.1f}, theirs {np.median(second):.1f} tokens a second"
+        print(f"{name}: {rates}, x {share:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ def finish(job: Job, solved: Solved, out: Path, *, overwrite: bool) -> Fitted:
                 shutil.move(file, aside / file.name)
             (aside / "model").rmdir()
             write_text(aside / RECIPE, recipe.text())
+            if job.target is not None:
+                job.target.export(job.model, aside)
         with job.stage("reading back"):
             again = load(aside, name=job.model.name)
             _same(job.model, again)
@@ -269,7 +271,7 @@ def _same(written: Model, read: Model) -> None:
 def _receipt(job: Job, solved: Solved, figures: Figures, source: Source, recipe: Recipe, directory: Path) -> Receipt:
     calibration, heldout = job.calibration, job.heldout
     ids = hashlib.sha256(calibration.numpy().tobytes() + heldout.numpy().tobytes()).hexdigest()
-    written = saved_bytes(directory)
+    written = saved_bytes(directory) if job.target is None else job.target.size(directory)
     effect = _estimate(figures.effect)
     before, after = job.task.figure(figures.before), job.task.figure(figures.after)
     predicted = None if solved.predicted is None else job.task.effect_of(solved.predicted)
@@ -285,7 +287,8 @@ def _receipt(job: Job, solved: Solved, figures: Figures, source: Source, recipe:
             lower_is_better=False,
         )  # fmt: skip
     size = Figure(
-        name="model files", unit="bytes", before=Estimate(value=source.bf16_bytes), after=Estimate(value=written),
+        name="model files" if job.target is None else job.target.file, unit="bytes",
+        before=Estimate(value=source.bf16_bytes), after=Estimate(value=written),
         ratio=Estimate(value=written / source.bf16_bytes), predicted=solved.planned.get("bytes"),
     )  # fmt: skip
     spent: Mapping[str, float] = {**solved.spent, "bytes": written}
@@ -311,7 +314,7 @@ def _receipt(job: Job, solved: Solved, figures: Figures, source: Source, recipe:
         recipe_sha256=recipe.sha256,
         request=Request(
             budgets=tuple(map(str, job.budgets)), floor=None if job.floor is None else str(job.floor),
-            levers=",".join(card.name for card in job.cards),
+            levers=",".join(card.name for card in job.cards), target=None if job.target is None else job.target.name,
         ),
         seeds={"windows": job.settings.seed},
         versions=versions(),
@@ -320,7 +323,9 @@ def _receipt(job: Job, solved: Solved, figures: Figures, source: Source, recipe:
         floor=None if figures.verdict is None else _floor_line(job, figures.verdict),
         certificate=certificate,
         files=tuple(
-            FileLine.of(path) for path in sorted(directory.iterdir()) if path.is_file() and path.name not in names
+            FileLine.of(path).model_copy(update={"name": path.relative_to(directory).as_posix()})
+            for path in sorted(directory.rglob("*"))
+            if path.is_file() and path.name not in names
         ),
         notes=solved.notes,
         run=Run.now(Machine.here(threads=torch.get_num_threads()), stages),

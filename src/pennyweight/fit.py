@@ -15,15 +15,16 @@ import torch
 
 from pennyweight.damage import Prediction
 from pennyweight.errors import BudgetError, OptionError
+from pennyweight.export import targets
+from pennyweight.export.targets import Target
 from pennyweight.finish import Fitted, Solved, digest, finish
 from pennyweight.job import Job, Progress, Settings, chosen_levers, installed, quiet, standing_in
 from pennyweight.journal import Journal
-from pennyweight.lever import make
+from pennyweight.lever import find, make
 from pennyweight.measure.stats import tied
 from pennyweight.model import bf16_bytes, load
 from pennyweight.model.kv_cache import KVSetting, keeping
 from pennyweight.model.model import Model, parameters
-from pennyweight.model.saving import file_bytes
 from pennyweight.plan import cache
 from pennyweight.plan.choose import frontier
 from pennyweight.plan.rounds import Plan, Prices, label_of
@@ -66,6 +67,7 @@ def fit(
     overwrite: bool = False,
     repair: bool | None = None,
     seed: int = 0,
+    target: str | None = None,
     settings: Settings | None = None,
     progress: Progress = quiet,
 ) -> Any:
@@ -84,6 +86,8 @@ def fit(
         overwrite: replace an earlier result in ``out``.
         repair: tune what is tunable against the original; None does so when ``time`` is given.
         seed: of every draw.
+        target: the engine's format ("gguf") that is planned for, within what it holds bit for bit, and written, too; a
+            budget in bytes then means its file.
         settings: how much text is read.
         progress: called with (stage, done, total).
 
@@ -110,8 +114,11 @@ def fit(
                 f"fit: plans are made against {', '.join(PLANNED)}, not {budget.resource}; "
                 f"`pennyweight measure` says what {budget.resource} a fitted model has"
             )
-    cards = chosen_levers(levers, limits)
+    aim = None if target is None else _aimed(target, limits, levers=levers, mending=seconds is not None)
+    cards = chosen_levers(levers, limits) if aim is None else (find(aim.lever),)
     loaded = model if isinstance(model, Model) else load(model)
+    if aim is not None:
+        aim.check(loaded)
     task = task_of(loaded)
     if wanted is not None:
         task.check(wanted)
@@ -119,6 +126,7 @@ def fit(
         model=loaded, task=task, data=data, budgets=limits, floor=wanted, cards=cards,
         settings=replace(settings or Settings(), seed=seed), progress=progress,
         journal=Journal.beside(out if out is not None else Path.cwd() / "pennyweight-dry-run", resume=resume),
+        target=aim,
     )  # fmt: skip
     if dry_run:
         from pennyweight.dry_run import estimate  # the two need each other: it plans with the pieces below
@@ -132,10 +140,23 @@ def fit(
     return finish(job, solved, Path(out), overwrite=overwrite or resume)
 
 
+def _aimed(name: str, limits: Sequence[Budget], *, levers: object, mending: bool) -> Target:
+    """The target ``name``, when what else is asked goes with it."""
+    found = targets.target(name)
+    if levers is not None:
+        raise OptionError(f"fit: a target decides what is offered ({found.lever}); leave out the levers or the target")
+    if mending:
+        raise OptionError(f"fit: repair moves scales off the grids that {name} holds; leave out the time or the target")
+    other = [budget.resource for budget in limits if budget.resource != "bytes"]
+    if other:
+        raise OptionError(f"fit: a plan for {name} is made against bytes, not {other[0]}; leave out one or the other")
+    return found
+
+
 def with_exact_bytes(job: Job, solved: Solved) -> Solved:
     """``solved`` with the bytes its files will have, once more within the budget."""
     with installed(job.model.module, solved.slots, solved.weights):
-        written = file_bytes(job.model)
+        written = job.written()
     if written > solved.allowed.get("bytes", written):
         raise BudgetError(f"repair: {written:,} bytes are over the budget; this is a bug, fit with --no-repair")
     return replace(solved, spent={**solved.spent, "bytes": written})
@@ -339,7 +360,9 @@ def first_plan(
     job: Job, slots: Sequence[Slot], offers: Mapping[str, Sequence[Prediction]], reference: int
 ) -> tuple[Prices, dict[str, int | float]]:
     """The prices before anything was measured, and every budget in base units."""
-    prices = Prices(fixed=_fixed(job, slots, offers))
+    fused = job.target is not None and job.target.fused
+    bundles = {slot.name: slot.map.input_group for slot in slots if fused}
+    prices = Prices(fixed=_fixed(job, slots, offers), bundles=bundles)
     return prices, _limits(job, prices, slots, reference)
 
 
@@ -367,6 +390,6 @@ def solved_cost(
             exact = getattr(weights[slot.name].cost(), name, value) if slot.name in weights else value
             inside[name] = inside.get(name, 0) + exact
     with installed(job.model.module, slots, weights):
-        seen = {"bytes": file_bytes(job.model), **job.observed(digest(weights, slots), job.model.module)}
+        seen = {"bytes": job.written(), **job.observed(digest(weights, slots), job.model.module)}
     fixed = {**prices.fixed, **{name: value - inside[name] for name, value in seen.items()}}
     return replace(prices, fixed=fixed), {name: inside[name] + fixed[name] for name in inside}

@@ -21,13 +21,14 @@ from pennyweight import calibrate, resident
 from pennyweight.damage import Prediction
 from pennyweight.data import windows
 from pennyweight.errors import DataError, OptionError
+from pennyweight.export.targets import Target
 from pennyweight.journal import Journal
 from pennyweight.lever import Card, find, options_of
 from pennyweight.lever import levers as all_levers
 from pennyweight.model import anatomy
 from pennyweight.model.kv_cache import kept_setting
 from pennyweight.model.model import Model
-from pennyweight.model.saving import narrowest
+from pennyweight.model.saving import file_bytes, narrowest
 from pennyweight.plan import probes
 from pennyweight.plan.offers import predict, settings_for
 from pennyweight.plan.rounds import Plan
@@ -35,7 +36,7 @@ from pennyweight.plan.slots import Slot, matrix_of
 from pennyweight.statistics import Statistics
 from pennyweight.task import Task
 from pennyweight.units import Budget, Floor, whole
-from pennyweight.weights import Dense, Weight, rebuild, structure
+from pennyweight.weights import Cost, Dense, Weight, rebuild, structure
 
 Progress = Callable[[str, int, int], None]
 
@@ -85,7 +86,10 @@ class Step:
 
 @dataclass
 class Job:
-    """One fit under way: what was asked, and what is known so far."""
+    """One fit under way: what was asked, and what is known so far.
+
+    ``target`` is the format that alone is planned for and written, too; None where the fit's own form is the end.
+    """
 
     model: Model
     task: Task
@@ -96,6 +100,7 @@ class Job:
     settings: Settings
     journal: Journal
     progress: Progress
+    target: Target | None = None
     steps: list[Step] = field(default_factory=list)
 
     @contextmanager
@@ -207,8 +212,12 @@ class Job:
         with self.stage("predictions"):
             for done, slot in enumerate(slots):
                 weight = Dense(matrix_of(self.model.module, slot))
-                settings = settings_for(self.cards, slot.map.shape)
-                found[slot.name] = predict(settings, weight, slot.statistics, seed=self.settings.seed)
+                settings = (
+                    settings_for(self.cards, slot.map.shape)
+                    if self.target is None
+                    else list(self.target.settings(slot.map))
+                )
+                found[slot.name] = self._predicted(slot, settings, weight)
                 if not found[slot.name] or resources & probes.MEASURED:
                     matrix = weight.dense()
                     found[slot.name].append(Prediction(None, Dense(matrix.to(narrowest(matrix))).cost(), 0.0))
@@ -216,6 +225,16 @@ class Job:
         if resources & (probes.MEASURED | {"energy"}):
             found = probes.priced(self.model, slots, found, resources, self._probes(slots, found, resources))
         return found
+
+    def _predicted(self, slot: Slot, settings: Sequence[Any], weight: Dense) -> list[Prediction]:
+        """Predictions for ``settings`` in ``slot``, a unit of the journal."""
+        asked = [{"lever": lever.lever_name, **options_of(lever)} for lever in settings]
+        key = Journal.key("predicted", slot=slot.name, offered=asked, **self.identity)
+        if not self.journal.done(key):
+            made = predict(settings, weight, slot.statistics, seed=self.settings.seed)
+            self.journal.store(key, meta={"found": [[vars(one.cost), one.damage] for one in made]})
+        found = self.journal.load(key).meta["found"]
+        return [Prediction(lever, Cost(**cost), harm) for lever, (cost, harm) in zip(settings, found, strict=True)]
 
     def _probes(
         self, slots: Sequence[Slot], offers: Mapping[str, Sequence[Prediction]], resources: Collection[str]
@@ -252,6 +271,10 @@ class Job:
                 self.journal.store(key, meta={"value": value})
             found[each] = whole(each, self.journal.load(key).meta["value"])
         return found
+
+    def written(self) -> int:
+        """Exactly the bytes of the files that a budget in bytes means, of the model as it now is."""
+        return file_bytes(self.model) if self.target is None else self.target.bytes(self.model)
 
     def solve(self, slots: Sequence[Slot], plan: Plan) -> dict[str, Weight]:
         """The compact weight of every slot that ``plan`` changes, each a unit of the journal."""

@@ -65,6 +65,7 @@ class Request(_Part):
     levers: str | None = None
     time: str | None = None
     repair: bool = False
+    target: str | None = None
 
 
 class Estimate(_Part):

@@ -21,6 +21,10 @@ from pennyweight.errors import OutputError
 #: What Pennyweight writes into a directory; overwriting a directory replaces these and keeps every other file.
 OUR_FILES = (
     "model*.safetensors",
+    "model.gguf",
+    "compressed-tensors",
+    "openvino",
+    "openvino_model.*",
     "model.safetensors.index.json",
     "weights.json",
     "config.json",

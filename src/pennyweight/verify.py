@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pennyweight.errors import DataError
+from pennyweight.export.targets import target
 from pennyweight.finish import RECIPE
 from pennyweight.job import Job, Progress, Settings, quiet
 from pennyweight.journal import Journal
@@ -81,7 +82,8 @@ def verify(directory: str | Path, *, model: str | Path | None = None, progress: 
     checks.append(_equal("recipe", receipt.recipe_sha256, recipe.sha256))
     for budget in receipt.budgets:
         if budget.resource == "bytes":
-            size = saved_bytes(directory)
+            aim = receipt.request.target
+            size = saved_bytes(directory) if aim is None else target(aim).size(directory)
             checks.append(Check(f"budget {budget.asked}", f"{budget.spent:,}", f"{size:,}", size <= budget.allowed))
     original = load(model if model is not None else receipt.model.name)
     checks.append(_equal("original model", receipt.model.sha256, original.fingerprint))

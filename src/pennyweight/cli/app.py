@@ -115,6 +115,12 @@ def fit(
         bool | None, typer.Option("--repair/--no-repair", help="Tune against the original after solving.")
     ] = None,
     seed: Seed = 0,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT", help="Plan what it holds, and write it, too: gguf, openvino, compressed-tensors."
+        ),
+    ] = None,
 ) -> None:
     """Fit a model to budgets and a floor: the main job."""
     from pennyweight.cli import summary
@@ -124,7 +130,7 @@ def fit(
     with progress() as report:
         found = fit(
             model, data=data, budgets=budget or (), floor=floor, levers=levers, time=time, out=out, dry_run=dry_run,
-            resume=resume, overwrite=overwrite, repair=repair, seed=seed, progress=report,
+            resume=resume, overwrite=overwrite, repair=repair, seed=seed, target=target, progress=report,
         )  # fmt: skip
     print(found if dry_run else summary.of(found.receipt, found.directory))
 
@@ -237,7 +243,9 @@ def merge(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The directory of a fit, or any MODEL.")],
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="safetensors, gguf or onnx.")],
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="safetensors, gguf, onnx, compressed-tensors or openvino.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A directory; else a file that ends in .gguf or .onnx.")],
     dtype: Annotated[
         str | None,
@@ -245,7 +253,7 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a model for another engine: transformers as it is (safetensors), llama.cpp (gguf) or ONNX."""
+    """Write a model for another engine: transformers (safetensors), llama.cpp (gguf), vLLM, OpenVINO or ONNX."""
     from pennyweight.export import export
 
     print(export(model, format, out, dtype=dtype, overwrite=overwrite).words)

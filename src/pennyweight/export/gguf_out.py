@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -42,7 +43,8 @@ _ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 _FILE_TYPES = {
-    Kind.F32: 0, Kind.F16: 1, Kind.Q4_0: 2, Kind.Q4_1: 3, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q5_1: 9, Kind.BF16: 32,
+    Kind.F32: 0, Kind.F16: 1, Kind.Q4_0: 2, Kind.Q4_1: 3, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q5_1: 9, Kind.Q2_K: 10,
+    Kind.Q3_K: 12, Kind.Q4_K: 15, Kind.Q5_K: 17, Kind.Q6_K: 18, Kind.IQ4_NL: 25, Kind.BF16: 32,
 }  # fmt: skip
 
 
@@ -56,6 +58,12 @@ class _Entry:
     kind: Kind
     rows: Tensor | None
     codes: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of its data."""
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return int(np.prod(self.shape)) // block * size
 
     def dense(self) -> Tensor:
         """Its values in float32, rows in the order of the file."""
@@ -90,27 +98,12 @@ def to_gguf(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
         raise OptionError(f"export gguf: {path}; give a file that ends in .gguf")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: is there already; give another name, or overwrite")
-    module = check_plain(model, "GGUF")
-    config: Any = module.config
-    family = _family(model)
-    entries = list(_entries(model, module, family, dtype))
-    said = _metadata(model, family) | gguf_tokens.metadata(model, config.vocab_size)
-    matrices = Counter(entry.kind for entry in entries if len(entry.shape) == 2)
-    said["general.file_type"] = _FILE_TYPES[matrices.most_common(1)[0][0]]
+    file = _File.of(model, dtype)
     loss: dict[str, float] = {}
 
     def fill(aside: str) -> None:
-        writer = gguf.GGUFWriter(aside, gguf.MODEL_ARCH_NAMES[family])
-        for key, value in said.items():
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value) if not _unsigned(value) else _UINT32)
-        for entry in entries:
-            block, size = gguf.GGML_QUANT_SIZES[entry.kind]
-            count = int(np.prod(entry.shape)) // block * size
-            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), count, raw_dtype=entry.kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for entry in entries:  # one at a time: the model need not fit twice
+        writer = file.begin(aside)
+        for entry in file.entries:  # one at a time: the model need not fit twice
             written, error = entry.encode()
             writer.write_tensor_data(np.ascontiguousarray(written))
             if error:
@@ -118,9 +111,65 @@ def to_gguf(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
         writer.close()
 
     write_file(path, fill)
-    return Exported(path, "gguf", path.stat().st_size, {e.name: e.kind.name for e in entries}, loss)
+    return Exported(path, "gguf", path.stat().st_size, {e.name: e.kind.name for e in file.entries}, loss)
 
 
+def check_gguf(model: Model) -> None:
+    """Refuse what no GGUF file can say of ``model``, whatever its matrices will be.
+
+    Raises:
+        ModelError: as `pennyweight.export.export`.
+    """
+    module = check_plain(model, "GGUF")
+    config: Any = module.config
+    _metadata(model, _family(model))
+    _rope(model)
+    gguf_tokens.metadata(model, config.vocab_size)
+
+
+def gguf_bytes(model: Model) -> int:
+    """Exactly the size of the file that `to_gguf` writes without a dtype."""
+    file = _File.of(model, None)
+    with TemporaryDirectory() as aside:
+        head = Path(aside) / "head.gguf"
+        file.begin(str(head)).close()
+        size = head.stat().st_size
+    return sum((each + _ALIGNED - 1) // _ALIGNED * _ALIGNED for each in (size, *(e.bytes for e in file.entries)))
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a file will hold."""
+
+    family: gguf.MODEL_ARCH
+    said: dict[str, Any]
+    entries: list[_Entry]
+
+    @classmethod
+    def of(cls, model: Model, dtype: str | None) -> _File:
+        module = check_plain(model, "GGUF")
+        config: Any = module.config
+        family = _family(model)
+        entries = list(_entries(model, module, family, dtype))
+        said = _metadata(model, family) | gguf_tokens.metadata(model, config.vocab_size)
+        matrices = Counter(entry.kind for entry in entries if len(entry.shape) == 2)
+        said["general.file_type"] = _FILE_TYPES[matrices.most_common(1)[0][0]]
+        return cls(family, said, entries)
+
+    def begin(self, path: str) -> gguf.GGUFWriter:
+        """A file at ``path`` with all but the data of its tensors."""
+        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[self.family])
+        for key, value in self.said.items():
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value) if not _unsigned(value) else _UINT32)
+        for entry in self.entries:
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, raw_dtype=entry.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        return writer
+
+
+_ALIGNED = gguf.GGUF_DEFAULT_ALIGNMENT
 _UINT32 = gguf.GGUFValueType.UINT32
 
 

@@ -38,7 +38,7 @@ _MOST_BYTES = 2**31 - 2**20  # of one protocol buffer, with room for the graph
 _AGREE = 1e-4  # float32 sums in another order; a graph that is wrong is off by far more
 
 
-class _Bare(nn.Module):
+class Bare(nn.Module):
     """Tensors in, the first output out: what an exporter can trace."""
 
     def __init__(self, module: nn.Module, names: tuple[str, ...], options: dict[str, bool]) -> None:
@@ -79,7 +79,7 @@ def to_onnx(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
         with hushed():  # some architectures have but one, and say so
             dense.set_attn_implementation("eager")  # others choose by the values of the mask, which a trace freezes
     names = ("pixel_values",) if model.kind == "image-classifier" else ("input_ids", "attention_mask")
-    bare = _Bare(dense, names, {"use_cache": False} if model.kind == "causal-lm" else {}).eval()
+    bare = Bare(dense, names, {"use_cache": False} if model.kind == "causal-lm" else {}).eval()
     axes = {name: {0: "batch"} if name == "pixel_values" else {0: "batch", 1: "length"} for name in names}
     result = "output" if model.kind in ("image-classifier", "classifier", "encoder") else "logits"
     axes[result] = {0: "batch"} if model.kind in ("image-classifier", "classifier") else {0: "batch", 1: "length"}
@@ -89,7 +89,7 @@ def to_onnx(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
         try:
             with hushed(), torch.no_grad():  # the exporter that torch now prefers needs a further package
                 torch.onnx.export(
-                    bare, _example(dense.config, names, 2, 8), written, input_names=list(names), output_names=[result],
+                    bare, example(dense.config, names, 2, 8), written, input_names=list(names), output_names=[result],
                     dynamo=False, opset_version=18, dynamic_axes=axes,
                 )  # fmt: skip
         # all that the exporter says of a module it cannot trace; it is told as one clear error
@@ -103,7 +103,7 @@ def to_onnx(model: Model, path: Path, *, dtype: str | None, overwrite: bool) -> 
     return Exported(path, "onnx", path.stat().st_size, kinds, loss)
 
 
-def _example(config: Any, names: tuple[str, ...], rows: int, length: int) -> tuple[Tensor, ...]:
+def example(config: Any, names: tuple[str, ...], rows: int, length: int) -> tuple[Tensor, ...]:
     """Inputs by ``names`` with something of everything: ids of the whole vocabulary (B, L), and a padded row."""
     g = torch.Generator().manual_seed(rows * length)
     if names == ("pixel_values",):
@@ -119,7 +119,7 @@ def _example(config: Any, names: tuple[str, ...], rows: int, length: int) -> tup
     return ids, mask
 
 
-def _check(model: Model, bare: _Bare, names: tuple[str, ...], written: str) -> None:
+def _check(model: Model, bare: Bare, names: tuple[str, ...], written: str) -> None:
     """Run the graph on other shapes and values than it was traced with."""
     import onnxruntime
 
@@ -130,7 +130,7 @@ def _check(model: Model, bare: _Bare, names: tuple[str, ...], written: str) -> N
     except Exception as error:  # bare classes of its native part
         raise ModelError(f"{model.name}: ONNX Runtime does not open what torch wrote: {error}") from error
     for rows, length in ((1, 5), (3, 13), (4, 8)):
-        given = _example(bare.module.config, names, rows, length)
+        given = example(bare.module.config, names, rows, length)
         with torch.no_grad():
             wanted = bare(*given)
         try:

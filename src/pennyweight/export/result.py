@@ -16,7 +16,7 @@ class Exported:
 
     Attributes:
         path: the file or directory.
-        format: "safetensors", "gguf" or "onnx".
+        format: as `pennyweight.export.export` calls it.
         bytes: of all its files.
         kinds: what each tensor is stored as, by its name in the file (ONNX: constants among them): "Q4_0", "F32",
             "bfloat16", ...

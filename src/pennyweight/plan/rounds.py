@@ -24,24 +24,29 @@ class Prices:
     Attributes:
         factors: group -> measured damage over predicted damage.
         fixed: costs of what no choice changes, by resource.
+        bundles: slot -> the bundle it takes one setting with, where an engine runs several maps as one; their offers
+            are of the same settings in the same order.
     """
 
     factors: Mapping[str, float] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
+    bundles: Mapping[str, str] = field(default_factory=dict)
+
+    def _bundled(self, slots: Sequence[Slot]) -> dict[str, list[Slot]]:
+        found: dict[str, list[Slot]] = {}
+        for slot in slots:
+            found.setdefault(self.bundles.get(slot.name, slot.name), []).append(slot)
+        return found
 
     def problem(self, slots: Sequence[Slot], offers: Mapping[str, Sequence[Prediction]]) -> Problem:
         """The knapsack at these prices."""
         return Problem(
             {
-                slot.name: [
-                    Offer(
-                        label=label_of(offer),
-                        cost=offer.costs,
-                        damage=offer.damage * self.factors.get(slot.group, 1.0),
-                    )
-                    for offer in offers[slot.name]
+                name: [
+                    _together(part, [offers[slot.name][index] for slot in part], self)
+                    for index in range(len(offers[part[0].name]))
                 ]
-                for slot in slots
+                for name, part in self._bundled(slots).items()
             },
             self.fixed,
         )
@@ -58,7 +63,8 @@ class Prices:
         problem = self.problem(slots, offers)
         minimize = "damage" if most_damage is None else "bytes"
         choice = choose(problem, budgets, minimize=minimize, most_damage=most_damage)
-        picked = {slot.name: offers[slot.name][index] for slot, index in zip(slots, choice.pick, strict=True)}
+        chosen = zip(self._bundled(slots).values(), choice.pick, strict=True)
+        picked = {slot.name: offers[slot.name][index] for part, index in chosen for slot in part}
         by_group: dict[str, float] = {}
         for slot in slots:
             by_group[slot.group] = by_group.get(slot.group, 0.0) + picked[slot.name].damage
@@ -72,6 +78,16 @@ class Prices:
         if predicted <= 0:
             return self
         return replace(self, factors={**self.factors, group: min(50.0, max(0.02, measured / predicted))})
+
+
+def _together(slots: Sequence[Slot], offers: Sequence[Prediction], prices: Prices) -> Offer:
+    """One setting for all of ``slots``: costs and damages add up."""
+    cost: dict[str, int] = {}
+    for offer in offers:
+        for name, value in offer.costs.items():
+            cost[name] = cost.get(name, 0) + value
+    damage = sum(offer.damage * prices.factors.get(slot.group, 1.0) for slot, offer in zip(slots, offers, strict=True))
+    return Offer(label=label_of(offers[0]), cost=cost, damage=damage)
 
 
 @dataclass(frozen=True)

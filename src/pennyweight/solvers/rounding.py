@@ -18,7 +18,7 @@ from pennyweight.weights.quantized import doubled
 #: How wide scales and float zeros are stored: in float16, or quantized in turn ("double quantization").
 SCALE_BITS = (4, 5, 6, 7, 8, 16)
 #: Floating-point formats, and the bits of each.
-FLOATS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "e3m0": 4}
+FLOATS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "e3m0": 4, "nl4": 4}
 
 
 @dataclass(frozen=True)
