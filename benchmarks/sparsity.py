@@ -62,7 +62,7 @@ METHODS = {
         "2:4",
         "prune.ast",
         {**_AST, "prior": "sparsegpt", "every": 0, "decay": 0.0},
-    ),  # fmt: skip
+    ),
     "ast-24": Method("AST", "2:4", "prune.ast", {**_AST, "every": 4, "score": "wanda"}),
     "ast-sparsegpt-24": Method("AST from SparseGPT", "2:4", "prune.ast", {**_AST, "every": 4, "prior": "sparsegpt"}),
     "ast-slorb-24": Method(
