@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from pennyweight.claims.digits import texts
 from pennyweight.claims.vision import digits
 from pennyweight.solvers.depth import streams
 from pennyweight.solvers.probes import Interval, intervals
+from pennyweight.solvers.projections import Projection, feed_forwards, projections
 from pennyweight.train import Samples, Trainer
 from pennyweight.train.plugs import Plugs
 from pennyweight.train.samples import Batch
@@ -21,6 +26,7 @@ from pennyweight.zoo.dit import DiT, DiTConfig, flow_loss
 
 _DEPTH, _STEPS, _DISTILLED, _BATCH = 8, 300, 50, 64
 _RUNS = 2
+_PARTS = 2  # feed-forwards
 _DRAWS = 3  # of as many random runs of the same lengths
 
 
@@ -53,6 +59,37 @@ def _teacher(images: Tensor, labels: Tensor) -> DiT:
     return module.eval()
 
 
+class _Setting(NamedTuple):
+    """The teacher, inputs to look for redundancy on, what a model of held-out digits loses, and batches."""
+
+    teacher: DiT
+    seen: tuple[Tensor, ...]
+    harm: Callable[[nn.Module], float]
+    batches: Callable[[int], tuple[Tensor, ...]]
+
+
+@cache
+def _setting() -> _Setting:
+    images, labels, held_images, held_labels = digits()
+    images, held_images = (2 * part - 1 for part in (images, held_images))
+    seen = [_moments(images, labels, 1000 + seed) for seed in range(4)]
+
+    def harm(module: nn.Module) -> float:
+        noise = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            runs = [float(flow_loss(module, held_images, texts(held_labels), noise)) for _ in range(2)]
+        return sum(runs) / len(runs)
+
+    joined = tuple(torch.cat(part) for part in zip(*seen, strict=True))
+    return _Setting(_teacher(images, labels), joined, harm, lambda step: _moments(images, labels, step))
+
+
+def _runs(teacher: DiT, seen: tuple[Tensor, ...]) -> list[Interval]:
+    """The runs that probes follow best, in order."""
+    found = sorted(intervals(streams(teacher, seen)), key=lambda one: -one.alignment)[:_RUNS]
+    return sorted(found, key=lambda one: one.first)
+
+
 def _elsewhere(found: list[Interval], draw: int) -> list[Interval]:
     """Runs of the same lengths at random places, none of them shared."""
     generator, lengths = torch.Generator().manual_seed(draw), [len(one.blocks) for one in found]
@@ -73,23 +110,12 @@ def _elsewhere(found: list[Interval], draw: int) -> list[Interval]:
 @tiny.one_thread()
 def runs_found_by_probes_are_the_ones_to_replace(assets: Assets) -> Outcome:
     """Eight blocks that draw digits; held-out denoising loss after the same steps of distillation."""
-    images, labels, held_images, held_labels = digits()
-    images, held_images = (2 * part - 1 for part in (images, held_images))
-    teacher = _teacher(images, labels)
-    seen = [_moments(images, labels, 1000 + seed) for seed in range(4)]
-    stack = streams(teacher, tuple(torch.cat(part) for part in zip(*seen, strict=True)))
-    found = sorted(intervals(stack), key=lambda one: -one.alignment)[:_RUNS]
-    found.sort(key=lambda one: one.first)
-
-    def harm(module: nn.Module) -> float:
-        noise = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            runs = [float(flow_loss(module, held_images, texts(held_labels), noise)) for _ in range(2)]
-        return sum(runs) / len(runs)
+    teacher, seen, harm, batches = _setting()
+    found = _runs(teacher, seen)
 
     def replaced(runs: list[Interval]) -> Plugs:
         plugs = Plugs(copy.deepcopy(teacher), runs)
-        plugs.train(lambda step: _moments(images, labels, step), steps=_DISTILLED, rate=1e-3)
+        plugs.train(batches, steps=_DISTILLED, rate=1e-3)
         return plugs
 
     plugs = replaced(found)
@@ -120,5 +146,81 @@ def runs_found_by_probes_are_the_ones_to_replace(assets: Assets) -> Outcome:
             f"runs {', '.join(f'{one.first}-{one.last} (alignment {one.alignment:.4f})' for one in found)} of {_DEPTH} "
             f"blocks; the whole model {whole:.4f}; choices of plugs {', '.join(f'{x:.4f}' for x in combinations)}; "
             f"{_DRAWS} draws of runs of these lengths {min(others):.4f} to {max(others):.4f}"
+        ),
+    )
+
+
+def _narrow(teacher: DiT, path: str, seen: tuple[Tensor, ...]) -> nn.Module:
+    """The feed-forward at ``path`` with as few hidden units as make a linear layer's parameters, its best ones."""
+    layer = copy.deepcopy(teacher.get_submodule(path))
+    first, second = layer.get_submodule("fc1"), layer.get_submodule("fc2")
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    inner: list[Tensor] = []
+    handle = teacher.get_submodule(f"{path}.fc2").register_forward_pre_hook(lambda _, x: inner.append(x[0].detach()))
+    with torch.no_grad():
+        teacher(*seen)
+    handle.remove()
+    energy = inner[0].flatten(0, -2).square().mean(0) * second.weight.detach().square().sum(0)
+    best = energy.argsort(descending=True, stable=True)[: first.in_features // 2]
+    first.weight, first.bias = (nn.Parameter(one.detach()[best]) for one in (first.weight, first.bias))
+    second.weight = nn.Parameter(second.weight.detach()[:, best])
+    return layer
+
+
+@claim(
+    row=24,
+    pace="slow",
+    headline="width goes by linear layers beside the runs: 10B of 20B at 2.61 % less (ablation, a summary page)",
+)
+@tiny.one_thread()
+def linear_layers_stand_for_the_feed_forwards_they_follow(assets: Assets) -> Outcome:
+    """Beside the runs, the feed-forwards of some other blocks become one linear layer each; the same steps for all."""
+    teacher, seen, harm, batches = _setting()
+    runs = _runs(teacher, seen)
+    gone = {f"blocks.{block}.ffn" for one in runs for block in one.blocks}
+    there = projections(teacher, seen, [path for path in feed_forwards(teacher) if path not in gone])
+    among = sorted(there, key=lambda one: -one.alignment)
+    assert len(among) > _PARTS, "the runs leave no other feed-forwards to compare with"
+    sets = [tuple(chosen) for chosen in itertools.combinations(among, _PARTS)]
+
+    def replaced(parts: Sequence[Projection], *, students: Sequence[nn.Module] = ()) -> Plugs:
+        plugs = Plugs(copy.deepcopy(teacher), runs, parts)
+        for place, student in enumerate(students, len(runs)):
+            plugs.students[place] = student
+        plugs.train(batches, steps=_DISTILLED, rate=1e-3)
+        return plugs
+
+    def together(plugs: Plugs, which: Sequence[int] | None = None) -> float:
+        with plugs.on(range(len(plugs.students)) if which is None else which) as module:
+            return harm(module)
+
+    plugs = replaced(sets[0])
+    places = range(len(plugs.students))
+    choices = [[at for at in places if bits >> at & 1] for bits in range(1, 2 ** len(places))]
+    combinations = [together(plugs, which) for which in choices]
+    others = [together(replaced(parts)) for parts in sets[1:]]
+    removed = Plugs(copy.deepcopy(teacher), runs, sets[0])
+    for student in removed.students[len(runs) :]:
+        for weight in student.parameters():
+            weight.data.zero_()
+    for place in range(len(runs)):
+        removed.students[place] = plugs.students[place]
+    control = together(removed)
+    narrow = together(replaced(sets[0], students=[_narrow(teacher, one.path, seen) for one in sets[0]]))
+    method, baseline = combinations[-1], sum(others) / len(others)
+    runs_alone = together(plugs, range(len(runs)))
+    return Outcome(
+        method=method,
+        baseline=baseline,
+        unit="held-out squared error of the velocity",
+        holds=method < baseline and method < control and max(combinations) <= control,
+        control=("the same feed-forwards gone, nothing in their place", control),
+        notes=(
+            f"linear layers for {', '.join(f'{one.path} (alignment {one.alignment:.4f})' for one in sets[0])}; runs "
+            f"{', '.join(f'{one.first}-{one.last}' for one in runs)} alone {runs_alone:.4f}, the whole model "
+            f"{harm(teacher):.4f}; {len(choices)} choices of plugs up to {max(combinations):.4f}; the other "
+            f"{len(others)} pairs {min(others):.4f} to {max(others):.4f}; {teacher.config.width // 2} hidden units in "
+            f"place of each linear layer, as many parameters, {narrow:.4f}"
         ),
     )
