@@ -69,13 +69,14 @@ def test_fit_passes_on_what_was_given(calls, capsys, tmp_path):
     words = (
         f"fit toy --budget 25% --budget kv=2GB --floor perplexity<=1.10x --levers +a,-b --time 10min --out {tmp_path} "
     )
-    assert main([*words.split(), "--dry-run", "--resume", "--overwrite", "--no-repair", "--seed", "7"]) == 0
+    switches = ("--dry-run", "--resume", "--overwrite", "--no-repair")
+    assert main([*words.split(), *switches, "--seed", "7", "--target", "gguf"]) == 0
     (found,) = calls
     assert callable(found.pop("progress"))
     assert found == {
         "model": "toy", "data": "wiki", "budgets": ["25%", "kv=2GB"], "floor": "perplexity<=1.10x", "levers": "+a,-b",
         "time": "10min", "out": tmp_path, "dry_run": True, "resume": True, "overwrite": True, "repair": False,
-        "seed": 7,
+        "seed": 7, "target": "gguf",
     }  # fmt: skip
     assert capsys.readouterr().out == "the prediction\n"
 
