@@ -6,8 +6,8 @@ three fitters in one run:
 
 * ours, the median of five times, and ours with 1,000 bootstrap resamples;
 * SciPy's L-BFGS-B with the analytic gradient from every start, one after another;
-* the `chinchilla` package (BFGS with finite differences in a process pool), installed into a venv of its own in the
-  folder `--venv` (default: a temporary one); `--quick` leaves it out. `--synthetic` fits 245 points of the published
+* the `chinchilla` package (BFGS with finite differences in a process pool), in an environment of its own in the folder
+  `--peers` (default: a temporary one); `--quick` leaves it out. `--synthetic` fits 245 points of the published
   constants with 0.5 % noise instead, `--fewer` the 240 that the replication keeps.
 
 `--sample K` runs the peers from every K-th start only and states their seconds times K beside what was measured: their
@@ -28,12 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from pathlib import Path
 
 import numpy as np
 import scipy.optimize
 import scipy.special
+from peers import interpreter
 
 from pennyweight import laws
 
@@ -127,11 +127,8 @@ def scipy_start_by_start(
     return time.perf_counter() - began, found
 
 
-def package(n: np.ndarray, d: np.ndarray, loss: np.ndarray, folder: Path) -> tuple[float, dict[str, float]]:
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "chinchilla==0.2.0"], check=True)
+def package(n: np.ndarray, d: np.ndarray, loss: np.ndarray, home: Path) -> tuple[float, dict[str, float]]:
+    python = interpreter("chinchilla", home)
     task = {
         "N": n.tolist(), "D": d.tolist(), "C": (6 * n * d).tolist(), "loss": loss.tolist(), "delta": DELTA,
         "grid": {name: values.tolist() for name, values in GRID.items()},
@@ -144,7 +141,7 @@ def package(n: np.ndarray, d: np.ndarray, loss: np.ndarray, folder: Path) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="leave the chinchilla package out")
-    parser.add_argument("--venv", type=Path, help="folder of the package's own venv, kept")
+    parser.add_argument("--peers", type=Path, help="make the package's environment there, or find it")
     parser.add_argument("--sample", type=int, default=1, metavar="K", help="run SciPy from every K-th start only")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--synthetic", action="store_true", help="245 points of known constants instead")
@@ -159,7 +156,7 @@ def main() -> None:
             "scipy, start by start": lambda: scipy_start_by_start(*points, sample=options.sample),
         }
         if not options.quick:
-            runs["chinchilla 0.2.0"] = lambda: package(*points, options.venv or Path(temporary) / "venv")
+            runs["chinchilla 0.2.0"] = lambda: package(*points, options.peers or Path(temporary))
         seconds, reached = {}, {}
         for fitter, run in runs.items():
             seconds[fitter], found = run()

@@ -1,6 +1,6 @@
-"""Merging on disk beside a plain loop and mergekit: `python benchmarks/merge.py [--mergekit VENV] [--dtype bfloat16]`.
+"""Merging on disk beside a plain loop and mergekit: `python benchmarks/merge.py [--peers FOLDER] [--dtype bfloat16]`.
 
-Where VENV is not there yet, it is made, and mergekit installed into it on top of the packages that run this script.
+FOLDER is where an environment with mergekit is made, or lies from an earlier run.
 
 Makes a base and two models of SmolLM2-135M's shapes (or as large as --gigabytes says, in shards), merges them by each
 method in a process of its own, and prints seconds, GB/s of everything read and written once (inputs, the base where one
@@ -22,15 +22,14 @@ import argparse
 import json
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import textwrap
-import venv
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
 import torch
+from peers import interpreter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -243,7 +242,7 @@ def timed(code: str, what: str, more: list[str], outs: Iterator[Path], repeats: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", metavar="VENV", help="a virtual environment that holds mergekit, or will")
+    parser.add_argument("--peers", type=Path, help="make mergekit's environment there, or find it")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--gigabytes", type=float, help="of one model; else SmolLM2-135M's 30 layers, in one file")
     parser.add_argument("--repeats", type=int, default=3)
@@ -251,8 +250,7 @@ def main() -> int:
     parser.add_argument("--only-ours", action="store_true", help="no plain loop beside it")
     parser.add_argument("--folder", help="where the files go for the time of the run")
     given = parser.parse_args()
-    if given.mergekit and not Path(given.mergekit).exists():
-        install_mergekit(Path(given.mergekit))
+    mergekit = None if given.peers is None else Path(interpreter("mergekit", given.peers)).with_name("mergekit-yaml")
     dtype = getattr(torch, given.dtype)
     layers = 30 if given.gigabytes is None else max(1, round((given.gigabytes * 1e9 / dtype.itemsize - 28e6) / 3.5e6))
     failed = []
@@ -271,10 +269,10 @@ def main() -> int:
             rivals = {"pennyweight": (OURS, str(recipe), [])}
             if method in ("linear", "ties") and given.gigabytes is None and not given.only_ours:
                 rivals["plain loop"] = (PLAIN, f"{home}/{method}", [])
-            if given.mergekit:
+            if mergekit:
                 theirs = home / f"{method}-mergekit.yaml"
                 theirs.write_text(mergekit_recipe(method, home, f"dtype: {given.dtype}"))
-                rivals["mergekit"] = (MERGEKIT, str(theirs), [f"{given.mergekit}/bin/mergekit-yaml"])
+                rivals["mergekit"] = (MERGEKIT, str(theirs), [str(mergekit)])
             wrote = {}
             for name, (code, what, more) in rivals.items():
                 runs, wrote[name] = timed(code, what, more, outs, given.repeats)
@@ -296,7 +294,7 @@ def main() -> int:
                 print(f"{'':16s} inputs in 3 shards, outputs of 100 MB: {'the same bits' if equal else 'OTHER BITS'}")
                 failed += [] if equal else [f"{method}: depends on shards"]
                 wrote["cut"] = other
-            if given.mergekit and method in ROUNDINGS:
+            if mergekit and method in ROUNDINGS:
                 if dtype != torch.float32:
                     finer = home / f"{method}-float32.yaml"
                     finer.write_text(mergekit_recipe(method, home, f"dtype: float32\nout_dtype: {given.dtype}"))
@@ -319,14 +317,6 @@ def main() -> int:
     for line in failed:
         print(f"FAILED {line}")
     return int(bool(failed))
-
-
-def install_mergekit(home: Path) -> None:
-    """Make a virtual environment that sees the packages of this one (torch is large), and install mergekit there."""
-    venv.create(home, with_pip=True)
-    (site,) = home.glob("lib/python*/site-packages")
-    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([home / "bin" / "python", "-m", "pip", "install", "--quiet", "mergekit"], check=True)
 
 
 def mergekit_recipe(method: str, home: Path, dtype: str) -> str:
