@@ -55,9 +55,10 @@ def test_contexts_come_from_the_sum_of_a_row_and_a_column() -> None:
         np.testing.assert_array_equal(rans.contexts_of(row, column, of_sum, native=native), wanted.ravel())
 
 
+@pytest.mark.parametrize("middle", [0, 20, -100, 1000, -3000])
 @pytest.mark.parametrize("spread", [0.8, 30.0, 300.0])  # a small alphabet, codes about as wide as a byte, wider
-def test_what_is_decoded_is_what_was_encoded(spread: float) -> None:
-    codes = codes_of(1, (96, 300), spread)
+def test_what_is_decoded_is_what_was_encoded(spread: float, middle: int) -> None:
+    codes = codes_of(1, (96, 300), spread) + middle
     codes[3, 7], codes[90, 299] = 100_000, -70_000
     first = EntropyCoded.encode(codes, torch.ones(96), torch.ones(300), step=1.0)
     again = rebuild(structure(first), {name: getattr(first, name) for name in EntropyCoded.tensors})

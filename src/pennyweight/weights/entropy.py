@@ -216,21 +216,23 @@ class EntropyCoded(Weight):
         coded = rans.Coded(words, np.ascontiguousarray(heads[:, 0]), np.ascontiguousarray(heads[:, 1]))
         symbols = rans.decode(coded, where, tables)
         escape = tables.shape[1] - 1
-        outside = np.flatnonzero(symbols == escape)
-        if outside.size != self.escapes.numel():
+        least, most = max(0, -128 - self.lowest), min(escape - 1, 127 - self.lowest)  # symbols of codes that fit a byte
+        if least > most:
+            least, most = 0, -1
+        apart = np.flatnonzero((symbols < least) | (symbols > most))
+        kinds = symbols[apart]
+        if int((kinds == escape).sum()) != self.escapes.numel():
             raise FormError("EntropyCoded: escapes do not fit the stream; the file is damaged")
-        if -128 <= self.lowest and self.lowest + escape <= 128:  # all but the escapes are a byte as they are
-            near = symbols.view(np.int8)
-            near += np.int8(self.lowest)
-            escaped = self.escapes.cpu().numpy()
-            near[outside] = np.clip(escaped, -128, 127)
-            over = escaped != near[outside]
-            at = np.stack(np.divmod(outside[over], columns), 1)
-            beyond = escaped[over] - near[outside[over]]
-            return torch.from_numpy(near.reshape(rows, columns)), torch.from_numpy(at), torch.from_numpy(beyond)
-        codes = symbols.astype(np.int32) + self.lowest
-        codes[outside] = self.escapes.cpu().numpy()
-        return _near_and_far(torch.from_numpy(codes.reshape(rows, columns)))
+        codes = kinds.astype(np.int32) + self.lowest
+        codes[kinds == escape] = self.escapes.cpu().numpy()
+        np.clip(symbols, least, max(most, 0), out=symbols)
+        near = symbols.view(np.int8)
+        near += np.int8((self.lowest + 128) % 256 - 128)  # wraps around, and ends where it should
+        near[apart] = np.clip(codes, -128, 127)
+        over = codes != near[apart]
+        at = np.stack(np.divmod(apart[over], columns), 1)
+        beyond = codes[over] - near[apart[over]]
+        return torch.from_numpy(near.reshape(rows, columns)), torch.from_numpy(at), torch.from_numpy(beyond)
 
     @property
     def codes(self) -> Tensor:
