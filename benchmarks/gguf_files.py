@@ -182,9 +182,9 @@ def _sizes(job: Job, python: str, types: list[str], home: Path) -> None:
 
 
 def _ratio(one: np.ndarray, other: np.ndarray) -> str:
-    found = stats.paired_difference(torch.tensor(one), torch.tensor(other))
-    low, middle, high = (float(np.exp(value)) for value in (found.low, found.value, found.high))
-    return f"{middle:.4f} [{low:.4f}, {high:.4f}]"
+    """Perplexity of ``one`` over that of ``other``, with its interval."""
+    found = stats.paired_ratio(torch.tensor(other), torch.tensor(one))
+    return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
 def _rates(job: Job, python: str, types: list[str], home: Path) -> None:
@@ -208,7 +208,7 @@ def _rates(job: Job, python: str, types: list[str], home: Path) -> None:
         command = [python, "-c", RATES, str(home / "ids.npy"), "2", str(home / f"same-{name}.gguf"), str(theirs)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         first, second = (np.array(rates) for rates in json.loads(done.stdout.splitlines()[-1]))
-        share = np.exp(stats.paired_difference(torch.tensor(np.log(first)), torch.tensor(np.log(second))).value)
+        share = np.exp(stats.paired_difference(torch.tensor(np.log(second)), torch.tensor(np.log(first))).value)
         rates = f"ours {np.median(first):.1f}, theirs {np.median(second):.1f} tokens a second"
         print(f"{name}: {rates}, x {share:.3f}", flush=True)
 
