@@ -178,7 +178,7 @@ def main() -> None:
             add(name, sys.executable, GENERATE + OURS, where, held(where))
         if wanted("24 of 30 blocks, 4 bits g64"):
             shrunk = rounded(source, grid(4), grid(8))
-            del shrunk.module.model.layers[24:]  # type: ignore[union-attr]
+            del shrunk.module.model.layers[24:]  # type: ignore[union-attr]  # a Llama has them
             shrunk.module.config.num_hidden_layers = 24
             save(shrunk, home / "shrunk")
             add("24 of 30 blocks, 4 bits g64", sys.executable, GENERATE + OURS, home / "shrunk", held(home / "shrunk"))

@@ -85,7 +85,7 @@ class Bench:
             recover(module, self.text, self.states, steps=_TRIAL, rate=rate)
             states, head = states_of(module, self.choose), head_of(module).weight.detach()
             rows, wanted = states.flatten(0, 1), self.chosen.flatten(0, 1)
-            found[rate] = float(Divergence.apply(rows, wanted, head))  # type: ignore[no-untyped-call]
+            found[rate] = float(Divergence.apply(rows, wanted, head))  # type: ignore[no-untyped-call]  # torch's own
             print(f"rate {rate:g}: {found[rate]:.4f} nats on calibration text", flush=True)
         return min(found, key=found.__getitem__), found
 

@@ -169,7 +169,7 @@ def test_schedules_take_steps_of_any_kind():
     halved = pw.train.schedules.wsd(9000, 90, shape="exp", half_life=150, peak=0.02)
     assert halved(8100 + 300) == pytest.approx(0.02 / 4)
     power = pw.train.schedules.power(batch=640, a=3.5, b=-0.49, eta_max=0.015, warmup_tokens=2e9, decay_frac=0.1)
-    top = lambda n: min(0.015, 640 * 3.5 * n**-0.49)  # noqa: E731
+    top = lambda n: min(0.015, 640 * 3.5 * n**-0.49)  # noqa: E731  a formula
     each_kind(power, [5e8, 4e9, 3e12], [0.25 * top(2e9), top(4e9), top(3e12)])
     with pytest.raises(OptionError, match="give 0 or more"):
         rate(np.array([5, -1]))
@@ -442,7 +442,7 @@ def test_budgets_of_samples_by_their_formula():
 def test_clusters_extrapolate_what_made_them():
     compute = np.array([1, 3, 9, 27, 81, 243.0])
     g = np.random.default_rng(2)
-    curve = lambda a, b, c: lambda x: 0.25 + 0.75 * np.exp(-a * np.asarray(x) ** -b - c)  # noqa: E731
+    curve = lambda a, b, c: lambda x: 0.25 + 0.75 * np.exp(-a * np.asarray(x) ** -b - c)  # noqa: E731  a formula
     truths = [curve(1.8, 0.4, 0.05), curve(7.0, 0.5, 0.1)]
     rates = np.concatenate([t(compute) + 0.01 * g.standard_normal((40, 6)) for t in truths]).clip(0, 1)
     found = laws.cod.fit(passrates=torch.tensor(rates), compute=list(compute))

@@ -164,7 +164,7 @@ class _Shared:
                         found[index] = held if old is None else torch.where(chosen, held, old)
                 d, m = self._refit_outer(level, d, whole, m, low)
                 whole, low = self._refit_whole(level, d, m, whole, low)
-        d, whole, m, low = found  # type: ignore[assignment]
+        d, whole, m, low = found  # type: ignore[assignment]  # _STARTS is not empty
         assert d is not None
         assert whole is not None
         rows = len(whole)

@@ -125,7 +125,7 @@ def recover(
     def loss(model: nn.Module, part: tuple[Tensor, ...]) -> Tensor:
         found = _states(model, part[0])
         rows, wanted = found.flatten(0, 1), part[1].flatten(0, 1)
-        divergence: Tensor = Divergence.apply(rows, wanted, fixed)  # type: ignore[no-untyped-call]
+        divergence: Tensor = Divergence.apply(rows, wanted, fixed)  # type: ignore[no-untyped-call]  # torch's own
         return divergence
 
     ends = (anatomy.of(module).embedding, anatomy.of(module).head)

@@ -189,7 +189,8 @@ def softened(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
     Logits (..., V) both; gradients reach the student's.
     """
-    found: Tensor = _Softened.apply(student.flatten(0, -2), teacher.flatten(0, -2), temperature)  # type: ignore[no-untyped-call]
+    rows = (student.flatten(0, -2), teacher.flatten(0, -2))
+    found: Tensor = _Softened.apply(*rows, temperature)  # type: ignore[no-untyped-call]  # torch's own
     return found
 
 

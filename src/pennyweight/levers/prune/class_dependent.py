@@ -79,7 +79,7 @@ class ClassDependent:
             wrapped, (x[seen], labels[seen]), (x[held], labels[held]),
             loss=ClassLoss(importance=self.importance, ranking=self.ranking), floors={1: self.floor},
             rounds=self.rounds, per_round=self.per_round, steps=self.steps,
-            criterion=self.criterion,  # type: ignore[arg-type]
+            criterion=self.criterion,  # type: ignore[arg-type]  # one of its choices
             rewind=self.rewind, batch=min(self.batch, len(seen)), rate=self.rate, seed=work.seed,
             paths={f"module.{path}" for path in known},
             report=lambda done, _: work.report("pruning in rounds", done + 1, self.rounds + 1),
