@@ -352,3 +352,19 @@ def test_the_lever_needs_data() -> None:
     lever = make("quantize.blocks", {"type": "Q4_0"})
     with pytest.raises(pw.errors.DataError, match=r"quantize\.blocks: needs calibration data"):
         lever.solve(Dense(torch.ones(2, 32)), NO_STATISTICS)
+
+
+def test_a_fit_for_openvino_writes_what_it_runs(small: tuple[Path, Path], tmp_path: Path) -> None:
+    openvino: Any = pytest.importorskip("openvino", reason="openvino is not installed")
+    model, text = small
+    found = fit(model, data=text, budgets=["110%"], target="openvino", out=tmp_path / "out", settings=toys.QUICK)
+    (line,) = found.receipt.budgets
+    folder = tmp_path / "out" / "openvino"
+    sizes = {part: (folder / f"openvino_model.{part}").stat().st_size for part in ("bin", "xml")}
+    assert line.spent == sum(sizes.values()) <= line.allowed  # the graph of so small a model outweighs it
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", exact)
+    read = compiled({"input_ids": IDS.numpy(), "attention_mask": np.ones_like(IDS.numpy())})[0]
+    torch.testing.assert_close(
+        torch.from_numpy(np.array(read)), logits(found.model.module.float()), rtol=1e-3, atol=1e-3
+    )
