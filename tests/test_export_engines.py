@@ -30,7 +30,7 @@ from pennyweight.model.model import Model
 from pennyweight.solvers.block_types import TYPES, refitted
 from pennyweight.statistics import NO_STATISTICS, Statistics
 from pennyweight.verify import verify
-from pennyweight.weights import Dense, Weight
+from pennyweight.weights import CompactLinear, Dense, Weight
 from pennyweight.weights.grid import Grid, float_levels
 from pennyweight.weights.quantized import Quantized
 
@@ -153,7 +153,17 @@ def test_llama_cpp_runs_all_types(tmp_path: Path) -> None:
     runner = engine.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
     runner.eval(IDS[0].tolist())
     found, wanted = torch.from_numpy(np.array(runner.scores[: IDS.shape[1]])), logits(model.module)[0]
-    assert float((found - wanted).norm() / wanted.norm()) < 0.05  # it rounds the inputs of products to 8 bits
+
+    def in_eight_bits(_: Any, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        step = given[0].abs().amax(-1, keepdim=True) / 127
+        return (given[0] / step).round() * step
+
+    # the engine rounds the inputs of products to 8 bits, in blocks of up to 256: what that alone does is the measure
+    for layer in model.module.modules():
+        if isinstance(layer, CompactLinear):
+            layer.register_forward_pre_hook(in_eight_bits)
+    alone = float((logits(model.module)[0] - wanted).norm())
+    assert 0 < float((found - wanted).norm()) < 1.5 * alone
 
 
 # compressed-tensors
