@@ -1,13 +1,14 @@
 """Our GGUF files beside llama.cpp's own quantizer, both run by llama.cpp: size, perplexity and speed.
 
-    python benchmarks/gguf_files.py --llama PYTHON [--model smollm2-135m-permuted] [--types Q4_0 Q4_K_M Q3_K_M Q2_K]
-        [--windows 16] [--out FILE] [--rates]
+    python benchmarks/gguf_files.py [--llama PYTHON] [--peers FOLDER] [--model smollm2-135m-permuted]
+        [--types Q4_0 Q4_K_M Q3_K_M Q2_K] [--windows 16] [--out FILE] [--rates]
 
-PYTHON is the interpreter of a virtual environment that has `llama-cpp-python`. Theirs is made from the float32 file at
-the library's defaults for the type, with the importance matrix of the calibration windows (mean squared inputs, as
-its own tool computes it). Ours is planned for no more bytes than theirs has (`fit --target gguf`): types by an
-integer program, each matrix solved on its grid with the statistics of the same windows, written as they are. Both are
-judged on the same held-out tokens in llama.cpp's own arithmetic: ratios with 95 % intervals, paired over windows.
+PYTHON is the interpreter of a virtual environment that has `llama-cpp-python`; without it one is made in FOLDER, or
+found. Theirs is made from the float32 file at the library's defaults for the type, with the importance matrix of the
+calibration windows (mean squared inputs, as its own tool computes it). Ours is planned for no more bytes than theirs
+has (`fit --target gguf`): types by an integer program, each matrix solved on its grid with the statistics of the same
+windows, written as they are. Both are judged on the same held-out tokens in llama.cpp's own arithmetic: ratios with 95
+% intervals, paired over windows.
 
 `--rates` compares decoding, ours and theirs in turn, at one and the same type for every tensor: the blocks of a type
 take the same time whoever filled them. The default model is SmolLM2-135M with its channels permuted: the original
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peers import interpreter
 
 from pennyweight.data import windows
 from pennyweight.export import export
@@ -93,7 +95,8 @@ print(json.dumps(rates))
 def main() -> None:
     """Print a line a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama", required=True, help="an interpreter that has llama_cpp")
+    parser.add_argument("--llama", help="an interpreter that has llama_cpp")
+    parser.add_argument("--peers", type=Path, help="make the environment of llama-cpp-python there, or find it")
     parser.add_argument("--model", default="smollm2-135m-permuted")
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--windows", type=int, default=16)
@@ -106,7 +109,8 @@ def main() -> None:
         home.mkdir(parents=True, exist_ok=True)
         job = _job(asked.model, asked.statistics, asked.windows, home)
         _calibrated(job, home)
-        (_rates if asked.rates else _sizes)(job, asked.llama, asked.types, home)
+        python = asked.llama or interpreter("llama", asked.peers or home)
+        (_rates if asked.rates else _sizes)(job, python, asked.types, home)
 
 
 def _job(name: str, statistics: int, heldout: int, home: Path) -> Job:
@@ -188,14 +192,14 @@ def _ratio(one: np.ndarray, other: np.ndarray) -> str:
 
 
 def _rates(job: Job, python: str, types: list[str], home: Path) -> None:
-    """Tokens a second of ours over theirs, every tensor of theirs of the type it has there."""
+    """Tokens a second of ours over theirs: every tensor of its type there; as planned, where that file is."""
     import gguf
 
     statistics, names = job.statistics(), _names(job.model)
     for name in types:
         theirs = _made(python, home, name)
         kinds = {found.name: found.tensor_type.name for found in gguf.GGUFReader(theirs).tensors}
-        model = load(job.model.name)
+        model, solved = load(job.model.name), {}
         for layer in model.anatomy.layers():
             kind = kinds[names.get(layer.name, "token_embd.weight")]
             lever = make("quantize.blocks", {"type": kind, "passes": 1, "search": 4})
@@ -203,14 +207,22 @@ def _rates(job: Job, python: str, types: list[str], home: Path) -> None:
             if layer.block is None:
                 lever = make("quantize.rtn", {"bits": 8, "group_size": 32, "zero": "none"})
                 assert kind == "Q8_0", kind
-            anatomy.replace(model.module, layer.path, lever.solve(matrix, moment))
+            solved[layer.path] = lever.solve(matrix, moment)
+        anatomy.replace_all(model.module, solved)
         export(model, "gguf", home / f"same-{name}.gguf", overwrite=True)
-        command = [python, "-c", RATES, str(home / "ids.npy"), "2", str(home / f"same-{name}.gguf"), str(theirs)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        first, second = (np.array(rates) for rates in json.loads(done.stdout.splitlines()[-1]))
-        share = np.exp(stats.paired_difference(torch.tensor(np.log(second)), torch.tensor(np.log(first))).value)
-        rates = f"ours {np.median(first):.1f}, theirs {np.median(second):.1f} tokens a second"
-        print(f"{name}: {rates}, x {share:.3f}", flush=True)
+        for made in (home / f"same-{name}.gguf", home / f"ours-{name}.gguf"):
+            if made.exists():  # what was planned for the size of theirs mixes types, each with its own pace
+                print(_compared(python, home, made, theirs), flush=True)
+
+
+def _compared(python: str, home: Path, made: Path, theirs: Path) -> str:
+    command = [python, "-c", RATES, str(home / "ids.npy"), "2", str(made), str(theirs)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    first, second = (np.array(rates) for rates in json.loads(done.stdout.splitlines()[-1]))
+    share = stats.paired_difference(torch.tensor(np.log(second)), torch.tensor(np.log(first)))
+    low, middle, high = (float(np.exp(value)) for value in (share.low, share.value, share.high))
+    rates = f"{np.median(first):.1f}, theirs {np.median(second):.1f} tokens a second"
+    return f"{made.name}: {rates}, x {middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

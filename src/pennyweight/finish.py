@@ -200,9 +200,8 @@ def install(model: Model, solved: Solved) -> None:
         model.module = solved.module
         vars(model).pop("anatomy", None)  # of the module that was
         return
-    for slot in solved.slots:
-        if slot.name in solved.weights:
-            anatomy.replace(model.module, slot.map.path, solved.weights[slot.name])
+    weights = {slot.map.path: solved.weights[slot.name] for slot in solved.slots if slot.name in solved.weights}
+    anatomy.replace_all(model.module, weights)
     for name, tensor in solved.tensors.items():
         parameter = model.module.get_parameter(name)
         parameter.data = tensor.to(parameter.dtype)

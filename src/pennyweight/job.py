@@ -338,9 +338,7 @@ def installed(module: torch.nn.Module, slots: Sequence[Slot], weights: Mapping[s
     """For a while the model holds the compact layers themselves."""
     kept = dict(module.named_modules(remove_duplicate=False))
     try:
-        for slot in slots:
-            if slot.name in weights:
-                anatomy.replace(module, slot.map.path, weights[slot.name])
+        anatomy.replace_all(module, {slot.map.path: weights[slot.name] for slot in slots if slot.name in weights})
         yield
     finally:
         now = dict(module.named_modules(remove_duplicate=False))

@@ -173,9 +173,7 @@ def walk(
     passage.run(cast(inputs, shadow.dtype))
     settled = passage.weights()
     weights = {layer.name: settled[layer.name] for layer in layers if layer.name in settled}
-    for layer in layers:
-        if layer.name in weights:
-            anatomy.replace(model.module, layer.path, weights[layer.name])
+    anatomy.replace_all(model.module, {layer.path: weights[layer.name] for layer in layers if layer.name in weights})
     return weights
 
 
