@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pennyweight import rows
-from pennyweight.claims import Outcome, claim, claims, earlier, page, run
+from pennyweight.claims import Outcome, claim, claims, earlier, page, run, sources
 from pennyweight.claims import claim as declare
 from pennyweight.claims import runner as runner_module
 from pennyweight.claims.quantize import r226_taxonomy
@@ -65,17 +65,16 @@ def test_what_was_finished_is_not_run_again(three, tmp_path, monkeypatch):
     first = list(run([196], keep=keep))
     assert main(["claims", "run", "--rows", "196", "--keep", str(keep), "--all"]) == 0
     assert len(keep.read_text().splitlines()) == 2  # nothing was added
-    runner_module.sources.cache_clear()
     ran = []
     monkeypatch.setattr(runner_module, "run_one", lambda one, assets: ran.append(one.row) or first[0])
     assert list(run([196], keep=keep)) == first  # control and interval too
     assert ran == []
     list(run(slow=True, keep=keep))
     assert ran == [5]
-    monkeypatch.setattr(runner_module, "sources", lambda: "of other code")
+    monkeypatch.setattr(runner_module, "digest", lambda one: "of other code")
     list(run([118, 196], keep=keep))
     assert ran == [5, 118, 196]
-    monkeypatch.setattr(runner_module, "sources", lambda: "of still other code")
+    monkeypatch.setattr(runner_module, "digest", lambda one: "of still other code")
     before = earlier(keep)
     assert {record.row for record in before.values()} == {118, 196}  # not 5, which broke
     text = page(first, machine="here", waiting=["dense_beats_sparse", "some_claim", first[0].name], before=before)
@@ -86,6 +85,32 @@ def test_what_was_finished_is_not_run_again(three, tmp_path, monkeypatch):
         list(run([196], keep=keep))
     text = page(first, machine="here", waiting=["some_claim"])
     assert "Not run when this was written: some claim." in text
+
+
+def test_a_record_is_out_of_date_when_code_that_its_claim_reaches_has_changed(monkeypatch, tmp_path):
+    lorc, qmoe = (next(one for one in claims() if one.row == row) for row in (118, 36))
+    reached = {}
+    for one in (lorc, qmoe):
+        read, files = sources._read.__wrapped__, []
+        monkeypatch.setattr(sources, "_read", lambda file, read=read, files=files: files.append(file) or read(file))
+        reached[one.row] = (sources.digest(one), set(files))
+        monkeypatch.undo()
+    assert {file.name for file in reached[118][1]} >= {
+        "r118_lorc.py",
+        "lorc.py",
+        "low_rank.py",
+        "assets.py",
+        "runner.py",
+    }
+    assert not {file.name for file in reached[118][1]} & {"qmoe.py", "continual.py", "test_claims.py"}
+    assert "qmoe.py" in {file.name for file in reached[36][1]}
+    assert reached[118][0] != reached[36][0]
+    file = tmp_path / "new.py"
+    digests = []
+    for text in ('"""Words."""\nx = 1\n', '"""Other words."""\nx = 1  # said\n', '"""Words."""\nx = 2\n'):
+        file.write_text(text)
+        digests.append(sources._read.__wrapped__(file)[0])
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_command_line_says_so_when_a_claim_does_not_hold(three, capsys, tmp_path):

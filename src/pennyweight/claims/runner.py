@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pennyweight
 from pennyweight.claims.assets import Assets
 from pennyweight.claims.claim import PACES, Claim, Outcome, Pace, claims
+from pennyweight.claims.sources import digest
 from pennyweight.errors import DataError
 from pennyweight.rows import row
 
@@ -74,8 +72,8 @@ def run(
         rows: those about these rows, quick and slow; None runs all quick ones.
         slow: with ``rows=None``, the slow ones too.
         assets: shared with other runs; None makes its own.
-        keep: a file of records, one appended as each claim ends. Those that it has of these very sources come first,
-            and are not run again.
+        keep: a file of records, one appended as each claim ends. Those that it has of a claim's very code come
+            first, and are not run again.
 
     Raises:
         OptionError: a row without a claim, before anything runs.
@@ -95,18 +93,18 @@ def _run(chosen: list[Claim], assets: Assets, keep: Path | None) -> Iterator[Rec
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
             with keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"sources": sources(), "record": record.plain()}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"sources": digest(one), "record": record.plain()}, ensure_ascii=False) + "\n")
         yield record
 
 
 def _kept(keep: Path, *, current: bool = True) -> dict[str, Record]:
-    """The last record of each claim that did not break: of these very sources, or of others before them."""
-    found = {}
+    """The last record of each claim that did not break: of its code as it is, or of what that was before."""
+    found, here = {}, {one.name: digest(one) for one in claims()}
     for number, line in enumerate(keep.read_text(encoding="utf-8").splitlines() if keep.exists() else (), 1):
         try:
             entry = json.loads(line)
-            if (entry["sources"] == sources()) is current and entry["record"]["error"] is None:
-                record = Record(**entry["record"])
+            record = Record(**entry["record"])
+            if (entry["sources"] == here.get(record.name)) is current and record.name in here and not record.error:
                 pairs = (tuple(pair) if (pair := getattr(record, name)) else None for name in ("control", "interval"))
                 control, interval = pairs
                 found[record.name] = dataclasses.replace(record, control=control, interval=interval)
@@ -116,22 +114,12 @@ def _kept(keep: Path, *, current: bool = True) -> dict[str, Record]:
 
 
 def earlier(keep: Path) -> dict[str, Record]:
-    """By name, the records in ``keep`` that other sources than these gave, the last one of each claim.
+    """By name, the last record in ``keep`` of each claim that an earlier state of its code gave.
 
     Raises:
         DataError: ``keep`` holds something else.
     """
     return _kept(keep, current=False)
-
-
-@cache
-def sources() -> str:
-    """A digest of every line of code here: what a record was made with."""
-    digest = hashlib.sha256()
-    home = Path(pennyweight.__file__).parent
-    for file in sorted((*home.rglob("*.py"), *home.rglob("*.c"), *home.rglob("*.h"))):
-        digest.update(f"{file.relative_to(home)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def run_one(one: Claim, assets: Assets) -> Record:
@@ -204,7 +192,7 @@ def page(
         ]
         lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
     if old:
-        lines += ["", "† run with an earlier state of the sources."]
+        lines += ["", "† run with an earlier state of the code it reaches."]
     if left:
         lines += ["", f"Not run when this was written: {', '.join(name.replace('_', ' ') for name in left)}."]
     notes = [f"* Row {record.row}: {record.notes}" for record in found if record.notes]
