@@ -159,14 +159,28 @@ def plan(
     score: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Points (loss, score) of a task, to predict its score.")
     ] = None,
+    law: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Follow it: a law of N and D that `laws fit --json` wrote, or one by name."),
+    ] = "chinchilla (refit)",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the training plan there as a page.")] = None,
     json: Json = None,
 ) -> None:
     """With a model, what a fit would do, cost and give (fit --dry-run); without one, how to spend training compute."""
+    from pennyweight.errors import OptionError
+
     if model is not None:
         from pennyweight.cli.progress import progress
         from pennyweight.fit import fit
 
+        given = {
+            "--compute": compute, "--gpu-hours": gpu_hours, "--device": device, "--money": money, "--price": price,
+            "--tokens": tokens, "--serve": serve, "--memory": memory, "--score": score, "--out": out, "--json": json,
+            "--law": None if law == "chinchilla (refit)" else law,
+            "--utilization": None if utilization == 0.4 else utilization,
+        }  # fmt: skip
+        if of_training := [name for name, value in given.items() if value is not None]:
+            raise OptionError(f"plan: {', '.join(of_training)}: of a training run; leave MODEL out, or them")
         with progress() as report:
             found = fit(
                 model, data=data, budgets=budget or (), floor=floor, levers=levers, dry_run=True, seed=seed,
@@ -174,8 +188,8 @@ def plan(
             )  # fmt: skip
         print(found)
         return
+    from pennyweight.cli import laws_file
     from pennyweight.cli.tables import emit
-    from pennyweight.errors import OptionError
     from pennyweight.laws.table import read_csv
     from pennyweight.plan import training
     from pennyweight.safe_write import write_text
@@ -189,6 +203,7 @@ def plan(
     planned = training(
         compute, gpu_hours=gpu_hours, device=peak, utilization=utilization, money=money, price_per_hour=price,
         data_tokens=tokens, inference_tokens=serve or 0.0, memory=memory,
+        law=laws_file.chosen(law),
         score=None if score is None else read_csv(score),
     )  # fmt: skip
     print(planned)

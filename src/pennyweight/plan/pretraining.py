@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ from pennyweight.errors import BudgetError, OptionError
 from pennyweight.laws import flops as accounting
 from pennyweight.laws import hparams, lr, optimal, published, trajectory, vocab
 from pennyweight.laws.average import mean_sparsity
-from pennyweight.laws.law import Law, Range
+from pennyweight.laws.forms import Array, find
+from pennyweight.laws.law import Law, LawReceipt, Range
 from pennyweight.laws.qat import GAMMA_BITS, effective_params, qat_fraction
 from pennyweight.measure import devices
 from pennyweight.units import Quantity
@@ -224,14 +225,16 @@ def training(
         memory: bytes for the weights at deployment, "16GB".
         bits: widths of a stored parameter to consider.
         context: tokens of a sequence.
-        law: the name of a law of `published.split_laws`, or a `Law` of N and D of your own, bootstrapped for intervals.
+        law: the one to follow: the name of a law of `published.split_laws`, or a `Law` of N and D of your own
+            (chinchilla, reference or minicpm), bootstrapped for intervals; it is then shown beside the others.
         score: a ``sigmoid_of_loss`` law, or (loss, score) points to fit one; None predicts no score.
         gamma_bits: of the precision law.
         sparsities: final shares of zeros to consider for sparse pre-training.
 
     Raises:
         BudgetError: no compute, or a memory that no width fits.
-        OptionError: two kinds of compute, an unknown device or law.
+        OptionError: two kinds of compute, an unknown device or law, a law that is not one of N and D, or that has no
+            best split.
     """
     laws_known = published.split_laws()
     if isinstance(law, str):
@@ -239,7 +242,7 @@ def training(
             raise OptionError(f"plan: no law is called {law!r}; there are {', '.join(laws_known)}")
         name, chosen_law = law, laws_known[law]
     else:
-        name, chosen_law = law.source, law
+        name, chosen_law = law.source, _split_law(law)
     peak = _peak(device)
     compute, said = _compute(flops, gpu_hours, peak, utilization, money, price_per_hour)
     unique = None if data_tokens is None else _amount(data_tokens, "data_tokens", "count")
@@ -253,6 +256,7 @@ def training(
             f"plan: bits = {list(bits)}, sparsities = {list(sparsities)}; give widths > 0, shares in (0, 1)"
         )
     curve = _score_law(score)
+    own = None if isinstance(law, str) else _own_answer(name, chosen_law, compute)
     make = _Maker(chosen_law, compute, unique, served, stored, gamma_bits, curve, peak, utilization, price_per_hour)
     found = _alternatives(make, bits, sparsities)
     chosen, reason = _choose(found, served)
@@ -282,9 +286,11 @@ def training(
         except (BudgetError, OptionError, ValueError) as error:
             make.warnings.append(f"vocabulary by {method}: {error}")
     answers = published.answers(compute)
-    if not isinstance(law, str):
-        best = optimal.allocate(chosen_law, compute)
-        answers.insert(0, published.Answer(name, best.N, best.D, best.loss, "nats a token", best.intervals, name))
+    if own is not None:
+        answers.insert(0, own)
+        make.warnings.append(
+            f"losses are those of {name}; batches by loss take them as nats a token of their authors' text"
+        )
     warnings = list(dict.fromkeys([*make.warnings, *_warnings(answers, name, chosen, bits)]))
     return TrainingPlan(
         budget={
@@ -359,6 +365,53 @@ def _compute(
         said = f"{hours:,.6g} device-hours"
     number = hours * 3600 * peak * utilization
     return number, f"{said}, {peak:.3g} FLOP/s at {utilization:.0%}: {number:.3g} FLOPs"
+
+
+#: Constants of a law of N and D in the order of ``chinchilla``: E, A, alpha, B, beta; None for a floor of 0.
+_SPLITS: dict[str, tuple[str | None, ...]] = {
+    "chinchilla": ("E", "A", "alpha", "B", "beta"),
+    "minicpm": ("L0", "C_N", "alpha", "C_D", "beta"),
+    "reference": (None, "a", "alpha", "b", "beta"),
+}
+
+
+def _split_law(law: Law) -> Law:
+    """The same law, written as ``chinchilla``, whose optimum and its intervals have closed forms."""
+    if law.form.name not in _SPLITS:
+        raise OptionError(
+            f"plan: {law.form.name} is a law of {', '.join(law.variables)}, which does not split compute into size and "
+            f"tokens; give one of N and D: {', '.join(_SPLITS)}"
+        )
+    form, order = find("chinchilla"), _SPLITS[law.form.name]
+
+    def reordered(natural: Array) -> Array:  # (..., P) -> (..., 5)
+        columns = [0.0 * natural[..., 0] if one is None else natural[..., law.form.names.index(one)] for one in order]
+        return np.stack(columns, axis=-1)
+
+    samples = None if law.samples is None else form.internal(reordered(law.form.natural(law.samples)))
+    constants = dict(zip(form.names, reordered(law.parameters).tolist(), strict=True))
+    if not (constants["alpha"] > 0 and constants["beta"] > 0 and constants["A"] > 0 and constants["B"] > 0):
+        said = ", ".join(f"{name} = {constants[name]:.4g}" for name in ("A", "alpha", "B", "beta"))
+        raise OptionError(
+            f"plan: {law.source}: a law with {said} has no best split of compute: loss must fall both with size and "
+            "with tokens; fit it to runs that vary both"
+        )
+    return replace(law, form=form, constants=constants, samples=samples)
+
+
+def _reach(receipt: LawReceipt) -> str | None:
+    """What must be said of a point outside the fitted range, however near."""
+    if receipt.extrapolation is None or receipt.extrapolation.factor <= 1:
+        return receipt.warning
+    return receipt.extrapolation.text
+
+
+def _own_answer(name: str, law: Law, compute: float) -> published.Answer:
+    best = optimal.allocate(law, compute)
+    assert best.receipt is not None, "every allocation has the receipt of its prediction"
+    return published.Answer(
+        name, best.N, best.D, best.loss, "as its points", best.intervals, law.source, _reach(best.receipt)
+    )
 
 
 def _score_law(score: Any) -> Law | None:
