@@ -19,6 +19,7 @@ from pennyweight.cli import main
 from pennyweight.cli.app import commands
 from pennyweight.cli.progress import Lines, progress
 from pennyweight.errors import BudgetError
+from pennyweight.laws import bench
 
 LOOK = "import sys; from pennyweight.cli import main; code = main(sys.argv[1:]); print(code, *sorted(sys.modules))"
 
@@ -173,6 +174,9 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
         (["levers", "list", "kitchen"], "no lever lies in a room 'kitchen'"),
         (["laws", "show", "chinchila"], "did you mean chinchilla"),
         (["laws", "predict", "/nowhere", "N=1"], "/nowhere: cannot be read (No such file or directory)"),
+        (["laws", "sweep", "widht=16", "--out", "x"], "bench: no setting is called 'widht'; there are text, width"),
+        (["laws", "sweep", "width=16,a", "--out", "x"], "'width=16,a' is not NAME=NUMBER,...; write width=16,32"),
+        (["laws", "sweep", "width", "--out", "x"], "'width' is not NAME=NUMBER,...; write width=16,32"),
         (["assets", "fetch", "wikki"], "no asset is called 'wikki'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -200,6 +204,37 @@ def test_rows_levers_laws_and_assets_are_listed(capsys):
     assert "L = E + A/N^alpha + B/D^beta" in capsys.readouterr().out
     assert main(["assets", "list"]) == 0
     assert "smollm2-135m\tmodel\t" in capsys.readouterr().out
+
+
+def test_a_sweep_of_tiny_models_ends_as_points_of_a_law(tmp_path, capsys):
+    points, kept = tmp_path / "runs.csv", tmp_path / "kept"
+    words = [
+        "laws",
+        "sweep",
+        "width=4,8",
+        "depth=1",
+        "windows=3",
+        "warmup=1",
+        "steps=3,6",
+        "batch=2",
+        "length=8",
+        "held_out=4",
+    ]
+    words += ["--out", str(points), "--cache", str(kept), "--workers", "1"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("4 runs, ")
+    assert "train tiny models 4/4" in said.err
+    first = points.read_text()
+    assert first.splitlines()[0] == "N,D,C,steps,B,lr,loss"
+    assert [line.split(",")[:2] for line in first.splitlines()[1:]] == [
+        [str(bench.Run(width=width, depth=1).params), str(steps * 16)] for width in (4, 8) for steps in (3, 6)
+    ]
+    assert len(list(kept.iterdir())) == 4
+    assert main([*words[:-2], "evaluations=1"]) == 0  # all kept
+    assert points.read_text() == first
+    assert main([*words, "evaluations=3", "--curve"]) == 0
+    assert len(points.read_text().splitlines()) == 13
 
 
 def test_a_law_is_fitted_kept_and_asked(tmp_path, capsys):

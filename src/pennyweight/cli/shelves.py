@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 claims = typer.Typer(help="Every row's claim, run here.", no_args_is_help=True)
 levers = typer.Typer(help="The methods that change a model.", no_args_is_help=True)
-laws = typer.Typer(help="Scaling laws: list, fit to points, predict.", no_args_is_help=True)
+laws = typer.Typer(help="Scaling laws: list, train tiny models, fit to points, predict.", no_args_is_help=True)
 assets = typer.Typer(help="Embedded models and texts.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -210,6 +212,41 @@ def _values(given: list[str], where: str, example: str) -> dict[str, float]:
             found[name] = float(value)
         except ValueError:
             raise OptionError(f"{where}: {part!r} is not NAME=VALUE; write {example}") from None
+    return found
+
+
+@laws.command("sweep")
+def laws_sweep(
+    axes: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME=VALUE,...", help="Settings, every combination: width=16,32 steps=200,800."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="CSV", help="Write the runs there, for `laws fit`.")],
+    cache: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Keep runs there; a sweep goes on.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at once; else half of the processors.")] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Every evaluation is a line, not ends alone.")] = False,
+) -> None:
+    """Train tiny models on this machine, for a law to be fitted to."""
+    from pennyweight.cli.progress import progress
+    from pennyweight.laws import bench
+
+    runs = bench.grid(**_axes(axes, bench.Run()))
+    with progress() as report:
+        records = bench.sweep(runs, cache=cache, workers=workers, report=functools.partial(report, "train tiny models"))
+    bench.write_csv(records, out, curve=curve)
+    print(f"{len(records)} runs, {min(r.loss for r in records):.4g} nats a byte at the least: {out}")
+
+
+def _axes(given: list[str], example: Any) -> dict[str, list[Any]]:
+    """Axes of a sweep as `bench.grid` takes them, each value of the type that ``example`` has."""
+    found = {}
+    for part in given:
+        name, _, values = part.partition("=")
+        sort = type(getattr(example, name, ""))
+        try:
+            found[name] = [(int if sort is NoneType else sort)(value) for value in values.split(",")]
+        except ValueError:
+            raise OptionError(f"laws sweep: {part!r} is not NAME=NUMBER,...; write width=16,32") from None
     return found
 
 
