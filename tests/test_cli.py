@@ -176,6 +176,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch, capsys):
         (["laws", "predict", "/nowhere", "N=1"], "/nowhere: cannot be read (No such file or directory)"),
         (["laws", "sweep", "widht=16", "--out", "x"], "bench: no setting is called 'widht'; there are text, width"),
         (["laws", "sweep", "width=16,a", "--out", "x"], "'width=16,a' is not NAME=NUMBER,...; write width=16,32"),
+        (["laws", "sweep", "base=1", "--out", "x"], "bench: no setting is called 'base'"),
         (["laws", "sweep", "width", "--out", "x"], "'width' is not NAME=NUMBER,...; write width=16,32"),
         (["assets", "fetch", "wikki"], "no asset is called 'wikki'"),
     ],

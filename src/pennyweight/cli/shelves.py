@@ -238,14 +238,14 @@ def laws_sweep(
 
 
 def _axes(given: list[str], example: Any) -> dict[str, list[Any]]:
-    """Axes of a sweep as `bench.grid` takes them, each value of the type that ``example`` has."""
+    """Axes of a sweep as `bench.grid` takes them, each value of the type that it has in ``example``."""
     found = {}
     for part in given:
         name, _, values = part.partition("=")
-        sort = type(getattr(example, name, ""))
+        sort: Any = type(getattr(example, name, ""))
         try:
             found[name] = [(int if sort is NoneType else sort)(value) for value in values.split(",")]
-        except ValueError:
+        except (ValueError, TypeError):
             raise OptionError(f"laws sweep: {part!r} is not NAME=NUMBER,...; write width=16,32") from None
     return found
 

@@ -112,7 +112,7 @@ class Record:
         return self.curve[-1][1]
 
 
-def grid(base: Run | None = None, **axes: Iterable[Any]) -> list[Run]:
+def grid(base: Run | None = None, /, **axes: Iterable[Any]) -> list[Run]:
     """Every combination of the axes: ``grid(width=(16, 32), steps=(100, 400))``.
 
     Raises:
