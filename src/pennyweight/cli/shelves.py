@@ -208,6 +208,8 @@ def _values(given: list[str], where: str, example: str) -> dict[str, float]:
     found = {}
     for part in given:
         name, _, value = part.partition("=")
+        if name in found:
+            raise OptionError(f"{where}: {name} is given twice; write it once")
         try:
             found[name] = float(value)
         except ValueError:

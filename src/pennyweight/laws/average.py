@@ -23,6 +23,7 @@ from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.forms import D, Posynomial, Term, Variable, coefficient, exponent, register
 from pennyweight.laws.law import Law
+from pennyweight.laws.table import columns, numbers
 from pennyweight.train.sparsity_schedules import SparsitySchedule
 from pennyweight.train.sparsity_schedules import average_params as _average_params
 
@@ -124,10 +125,8 @@ def fit_sparse(runs: Any, **options: Any) -> SparseLaw:
     Raises:
         DataError: a column missing, no sparse run or no dense one, or too few runs to leave one out.
     """
-    if not hasattr(runs, "keys"):
-        listed = list(runs)
-        runs = {name: [row[name] for row in listed] for name in (listed[0] if listed else ())}
-    given = {name: np.asarray([float(value) for value in runs[name]]) for name in runs}
+    table = columns(runs, "fit_sparse")
+    given = {name: numbers(values, name) for name, values in table.items()}
     sized = ("sparsity",) if "sparsity" in given else ("N_avg", "N_final")
     if missing := [name for name in ("N0", "D", "loss", *sized) if name not in given]:
         raise DataError(

@@ -20,6 +20,7 @@ from pennyweight.errors import BudgetError, DataError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.forms import N, Parameter, Posynomial, Term, Variable, coefficient, exponent, register
 from pennyweight.laws.law import Law
+from pennyweight.laws.table import columns, numbers
 
 _BITS = Variable("bits", "bits a quantized parameter", grows=False)
 register(
@@ -95,10 +96,8 @@ def fit_bit_level(runs: Any, **options: Any) -> BitLevelLaw:
     Raises:
         DataError: a column missing, or fewer than two widths or sizes.
     """
-    if not hasattr(runs, "keys"):
-        listed = list(runs)
-        runs = {name: [row[name] for row in listed] for name in (listed[0] if listed else ())}
-    if missing := [name for name in ("N", "bits", "loss") if name not in runs]:
+    table = columns(runs, "fit_bit_level")
+    if missing := [name for name in ("N", "bits", "loss") if name not in table]:
         raise DataError(f"fit_bit_level: no column {', '.join(missing)}; give N, bits and loss")
-    columns = {name: np.asarray([float(value) for value in runs[name]]) for name in ("N", "bits", "loss")}
-    return BitLevelLaw(fit(columns, "bit_level", **options))
+    points = {name: numbers(table[name], name) for name in ("N", "bits", "loss")}
+    return BitLevelLaw(fit(points, "bit_level", **options))

@@ -253,14 +253,19 @@ def fit(
     Raises:
         DataError: shapes that do not fit, rates outside [0, 1], fewer than five models, or nothing predictable.
     """
-    rates, budget = np.asarray(passrates, float), np.asarray(compute, float)
+    try:
+        rates, budget = np.asarray(passrates, float), np.asarray(compute, float)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"cod.fit: {error}; give pass rates (items, models) and compute (models,) in numbers") from None
     if rates.ndim != 2 or budget.shape != (rates.shape[1],):
         raise DataError(
             f"cod.fit: pass rates {rates.shape} and compute {budget.shape}; give (items, models) and (models,)"
         )
     if not (np.isfinite(rates) & (rates >= 0) & (rates <= 1)).all():
         raise DataError("cod.fit: pass rates must lie in [0, 1]")
-    if len(np.unique(budget)) < 5 or not (budget > 0).all():
+    if not (np.isfinite(budget) & (budget > 0)).all():
+        raise DataError("cod.fit: compute must be positive and finite for every model")
+    if len(np.unique(budget)) < 5:
         raise DataError(f"cod.fit: {len(np.unique(budget))} budgets; the curve has 4 constants, give at least 5 models")
     order = np.argsort(budget)
     rates, budget = rates[:, order], budget[order]

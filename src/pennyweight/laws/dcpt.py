@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
+from pennyweight.elementwise import numbers as numbers_only
 from pennyweight.errors import BudgetError, DataError, OptionError
 from pennyweight.laws import fitter
 from pennyweight.laws.forms import find
 from pennyweight.laws.law import Law
+from pennyweight.laws.table import columns, numbers
 
 
 class Ratio(NamedTuple):
@@ -104,6 +106,8 @@ class DCPT:
         if (D is None) == (domain_tokens is None):
             raise OptionError("optimal_ratio: give D (tokens in all) or domain_tokens (those there are), one of them")
         domain = self._need(self.domain, "domain")
+        numbers_only("optimal_ratio", N=N, general_drop=general_drop)
+        numbers_only("optimal_ratio", **({"domain_tokens": domain_tokens} if D is None else {"D": D}))
         if D is not None:
             return self._under_general_loss(domain, N, D, general_drop, general_base)
         assert domain_tokens is not None
@@ -217,10 +221,7 @@ def fit(rows: Any, **options: Any) -> DCPT:
     Raises:
         DataError: no loss column, or fewer than three ratios.
     """
-    if not hasattr(rows, "keys"):
-        listed = list(rows)
-        rows = {name: [row[name] for row in listed] for name in (listed[0] if listed else ())}
-    table = {str(name): np.asarray([float(value) for value in rows[name]]) for name in rows.keys()}
+    table = {name: numbers(values, name) for name, values in columns(rows, "dcpt.fit").items()}
     for name in ("N", "D", "r"):
         if name not in table:
             raise DataError(f"dcpt.fit: no column {name}; there are {', '.join(table) or 'none'}")

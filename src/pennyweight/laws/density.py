@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pennyweight.elementwise import numbers as numbers_only
 from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.law import Law
 from pennyweight.laws.published import refit
+from pennyweight.laws.table import columns, numbers
 
 
 class Bounded(float):
@@ -107,9 +109,8 @@ class Reference:
         """
         if (score is None) == (loss is None):
             raise OptionError("effective_params: give a score or a loss, one of them")
+        numbers_only("effective_params", **({"score": score} if loss is None else {"loss": loss}))
         reached = Bounded(loss) if loss is not None else self.loss_of_score(float(score))  # type: ignore[arg-type]
-        if math.isnan(reached):
-            raise DataError("effective_params: the score or loss is nan")
         if reached == math.inf:
             return Bounded(0.0, "at most", reached.reason)
         room = reached - self.b * self.D0**-self.beta
@@ -135,11 +136,14 @@ class Reference:
             loss: conditional loss instead.
         """
         if model is not None:
+            if not isinstance(model, Mapping):
+                raise OptionError(f"density: {type(model).__name__} given; give a mapping: params, and score or loss")
             params = model.get("params", model.get("N"))
             score, loss = model.get("score"), model.get("loss")
             if score is not None:
                 loss = None
-        if params is None or not params > 0:
+        numbers_only("density", params=params)
+        if params is None or not 0 < params < math.inf:
             raise OptionError(f"density: params = {params!r}; give a positive number")
         effective = self.effective_params(score, loss=loss)
         return Bounded(effective / params, effective.bound, effective.reason)
@@ -201,14 +205,14 @@ def reference(family_runs: Any, scored: Any = None, *, D0: float = 1e12, **optio
         D0: tokens the effective size is stated at, in the unit of D.
         options: passed to `pennyweight.laws.fit`.
     """
-    if not hasattr(family_runs, "keys"):
-        listed = list(family_runs)
-        family_runs = {name: [row[name] for row in listed] for name in (listed[0] if listed else ())}
-    law = fit({name: family_runs[name] for name in family_runs.keys() if name != "score"}, "reference", **options)
-    if scored is None and "score" in family_runs:
-        scored = {"L": family_runs["loss"], "score": family_runs["score"]}
+    table = columns(family_runs, "density.reference")
+    if missing := [name for name in ("N", "D", "loss") if name not in table]:
+        raise DataError(f"density.reference: no column {', '.join(missing)}; give N, D and loss, and score where known")
+    law = fit({name: values for name, values in table.items() if name != "score"}, "reference", **options)
+    if scored is None and "score" in table:
+        scored = {"L": table["loss"], "score": table["score"]}
     score_law = None if scored is None else fit(scored, "sigmoid_of_loss", target="score", **options)
-    return given(law, score_law, D0=D0, largest=float(max(float(n) for n in family_runs["N"])))
+    return given(law, score_law, D0=D0, largest=float(numbers(table["N"], "N").max()))
 
 
 def _days(values: list[Any]) -> tuple[list[float], datetime.date | None]:

@@ -332,6 +332,8 @@ def _report(
     value, slope = form.evaluate(theta[None], problem.x)
     residual = value[0] - problem.y
     predicted = np.exp(value[0] + problem.log_target) if form.space == "log" else value[0]
+    top = np.abs(table.y).max()  # squares of what is far from 1 would overflow
+    shown = table.y / top
     worst = int(np.abs(residual).argmax())
     notes = list(table.notes)
     size = np.linalg.norm(slope[0], axis=0)
@@ -343,6 +345,11 @@ def _report(
         direction = np.linalg.svd(shaped)[2][-1]
         mixed = [name for name, part in zip(np.array(form.names)[~lost], direction, strict=True) if abs(part) > 0.3]
         notes.append(f"{' and '.join(mixed)} cannot be told apart on these points; trust predictions, not their values")
+    natural = form.natural(problem.out(theta[None]))[0]
+    for variable, power in form.falls:
+        if (exponent := natural[form.names.index(power)]) < 0:
+            column = (table.axis or variable) if len(form.variables) == 1 else variable
+            notes.append(f"{power} = {exponent:.4g} is negative: on these points the {form.target} rises with {column}")
     if n == len(form.parameters):
         notes.append(
             "as many points as parameters: nothing checks the law, and exponents were drawn toward "
@@ -353,7 +360,7 @@ def _report(
         objective=float(problem.huber(residual).sum()),
         delta=problem.delta,
         space=form.space,
-        r_squared=float(1 - ((predicted - table.y) ** 2).sum() / ((table.y - table.y.mean()) ** 2).sum()),
+        r_squared=float(1 - ((predicted / top - shown) ** 2).sum() / ((shown - shown.mean()) ** 2).sum()),
         worst_residual=float(abs(residual[worst])),
         worst_point=worst + 1,
         starts=starts,

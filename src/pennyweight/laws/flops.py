@@ -9,10 +9,12 @@ A multiplication and an addition are two FLOPs. Shape letters: L layers, H heads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pennyweight.elementwise import elementwise, numbers
 from pennyweight.errors import OptionError
 
 #: FLOPs of one parameter seeing one token: forward and backward, and forward alone.
@@ -22,11 +24,13 @@ INFERENCE = 2
 PF_DAY = 8.64e19
 
 
+@elementwise
 def training(params: float, tokens: float) -> float:
     """6 N D."""
     return TRAINING * _positive("params", params) * _positive("tokens", tokens)
 
 
+@elementwise
 def inference(params: float, tokens: float) -> float:
     """2 N for each token."""
     return INFERENCE * _positive("params", params) * _positive("tokens", tokens)
@@ -37,6 +41,7 @@ def request(params: float, prompt_tokens: float, output_tokens: float, *, sample
     return inference(params, prompt_tokens + samples * output_tokens)
 
 
+@elementwise
 def datastore(n_retriever: float, tokens: float) -> float:
     """FLOPs to embed a datastore once: one forward pass of the retriever over its tokens."""
     return inference(n_retriever, tokens)
@@ -309,7 +314,9 @@ def vit(
         mixer: "linear" drops the quadratic part, as state-space mixers do.
     """
     for name, value in (("image", image), ("patch", patch), ("d", d), ("layers", layers)):
-        _positive(name, value)
+        if _positive(name, value) != int(value):
+            raise OptionError(f"vit: {name} = {value!r}; give a whole number")
+    image, patch, d, layers = int(image), int(patch), int(d), int(layers)
     if image % patch:
         raise OptionError(f"vit: patches of {patch} do not tile an image of {image}")
     tokens = (image // patch) ** 2 + int(class_token)
@@ -327,6 +334,7 @@ def vit(
 
 
 def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise OptionError(f"{name} = {value!r}; give a positive number")
+    numbers("flops", **{name: value})
+    if not 0 < value < math.inf:
+        raise OptionError(f"flops: {name} = {value!r}; give a positive number")
     return value

@@ -149,6 +149,11 @@ class Form(ABC):
         return None
 
     @property
+    def falls(self) -> tuple[tuple[str, str], ...]:
+        """(variable, exponent) of the terms in which the target should fall as the variable grows."""
+        return ()
+
+    @property
     def _positive(self) -> NDArray[np.bool_]:
         return np.array([parameter.positive for parameter in self.parameters])
 
@@ -208,6 +213,10 @@ class Posynomial(Form):
         assert self.space == "linear" or all(t.sign == 1 for t in self.terms), (
             f"{self.name}: a log needs positive terms"
         )
+
+    @property
+    def falls(self) -> tuple[tuple[str, str], ...]:
+        return tuple((v, p) for term in self.terms if term.sign > 0 for v, p, direction in term.powers if direction < 0)
 
     def _logs(self, x: Array) -> Array:  # (V, n): what the exponents multiply
         exponential = np.array([v.name in self.exponential for v in self.variables])[:, None]

@@ -7,6 +7,7 @@ N_opt = (C/C0)^e. N without embeddings, C in PF-days, loss in nats a token.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal, NamedTuple
 
@@ -69,7 +70,7 @@ def nopt(domain: str, C: float) -> float:
     row = _domain(domain)
     if row.optimal_scale is None or row.optimal_exponent is None:
         raise OptionError(f"the paper prints no optimal size for {domain}")
-    if not C > 0:
+    if not 0 < C < math.inf:
         raise OptionError(f"nopt: C = {C!r}; give PF-days above 0")
     return float((C / row.optimal_scale) ** row.optimal_exponent)
 
@@ -119,6 +120,6 @@ def size_for_kl(law: Law, nats_per_item: float, tokens_per_item: float) -> float
     """
     if law.form.name not in ("power_const", "power"):
         raise OptionError(f"size_for_kl: {law.form.name}; give a power_const or power law")
-    if not (nats_per_item > 0 and tokens_per_item > 0):
+    if not (0 < nats_per_item < math.inf and 0 < tokens_per_item < math.inf):
         raise OptionError(f"size_for_kl: nats {nats_per_item!r} and tokens {tokens_per_item!r} must be positive")
     return float(law.x0 * (nats_per_item / tokens_per_item) ** (-1 / law.alpha))

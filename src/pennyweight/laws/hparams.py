@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.forms import Array
 from pennyweight.laws.law import Range
-from pennyweight.laws.table import read_csv
+from pennyweight.laws.table import columns, numbers
 
 #: Runs within this share of their group's best loss count as optimal when the law is fitted.
 TOLERANCE = 0.0025
@@ -72,8 +71,11 @@ class StepLaw:
         Arrays of N and D give arrays of settings.
         """
         for name, value in (("N", N), ("D", D), ("seq_len", seq_len), ("tolerance", tolerance)):
-            numbers = np.asarray(value, float)
-            if not ((numbers > 0) & np.isfinite(numbers)).all():
+            try:
+                each = np.asarray(value, float)
+            except (TypeError, ValueError):
+                each = np.array(np.nan)
+            if not ((each > 0) & np.isfinite(each)).all():
                 raise OptionError(f"hparams.step: {name} = {value!r}; give a positive number")
         log_n, log_d = np.broadcast_arrays(*(np.log(np.asarray(value, float)) for value in (N, D)))
         lr = _plain(np.exp(self.lr_constant + self.lr_params * log_n + self.lr_tokens * log_d))
@@ -111,9 +113,7 @@ def step(N: Any, D: Any, seq_len: int = 2048, *, tolerance: float = TOLERANCE) -
 
 
 def _grid(grid: Any, seq_len: int) -> dict[str, Array]:
-    if isinstance(grid, (str, Path)):
-        grid = read_csv(grid)
-    rows = grid if hasattr(grid, "keys") else {name: [row[name] for row in grid] for name in (grid[0] if grid else ())}
+    rows = columns(grid, "hparams.fit")
     names = {"N": ("N",), "D": ("D",), "lr": ("lr",), "loss": ("smooth_loss", "loss")}
     names["batch"] = ("batch_tokens", "batch_seqs")
     found: dict[str, Array] = {}
@@ -123,7 +123,7 @@ def _grid(grid: Any, seq_len: int) -> dict[str, Array]:
             raise DataError(
                 f"hparams.fit: no column {candidates[-1]}; give N, D, lr, loss and batch_tokens or batch_seqs"
             )
-        found[name] = np.array([float(value) for value in rows[key]])
+        found[name] = numbers(rows[key], key)
     if "batch_tokens" not in rows:
         found["batch"] *= seq_len
     for name, values in found.items():

@@ -21,10 +21,13 @@ def discontinuity(sizes: Any, scores: Any) -> float:
     Raises:
         DataError: fewer than three distinct sizes.
     """
-    size, score = np.asarray(sizes, float), np.asarray(scores, float)
+    try:
+        size, score = np.asarray(sizes, float), np.asarray(scores, float)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"discontinuity: {error}; give numbers") from None
     if size.shape != score.shape or size.ndim != 1 or size.size < 3:
         raise DataError(f"discontinuity: {size.size} sizes and {score.size} scores; give at least three of each")
-    if not (size > 0).all() or len(np.unique(size)) != size.size or not np.isfinite(score).all():
+    if not ((size > 0) & (size < np.inf)).all() or len(np.unique(size)) != size.size or not np.isfinite(score).all():
         raise DataError("discontinuity: sizes must be positive and distinct, scores finite")
     order = np.argsort(size)[-3:]
     (small, middle, large), (low, mid, high) = np.log(size[order]), score[order]

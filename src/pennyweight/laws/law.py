@@ -220,10 +220,23 @@ class Law:
                 f"{self.form.name} is a law of {', '.join(self.variables)}; "
                 f"given: {', '.join(map(str, [*args, *x])) or 'nothing'}"
             )
-        arrays = np.broadcast_arrays(*(np.asarray(given[name], dtype=float) for name in names))
+        try:
+            arrays = np.broadcast_arrays(*(np.asarray(given[name], dtype=float) for name in names))
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"{self.form.name}: {error}; give numbers, or arrays of one shape") from None
         flat = np.stack([a.reshape(-1) for a in arrays])
         self.form.check(flat)
         return flat, arrays[0].shape
+
+    def _internal(self) -> Array:  # (1, P)
+        for name in self.form.names:
+            value = float(self.constants[name])
+            if not math.isfinite(value) or (value == 0 and name in getattr(self.form, "scales", ())):
+                raise DataError(
+                    f"{self.form.name}: {name} = {value:g} is beyond what numbers hold, and nothing follows from it; "
+                    "these points show no such law, or they want another unit"
+                )
+        return self.form.internal(self.parameters[None])
 
     def _evaluate(self, theta: Array, flat: Array) -> Array:  # (B, P), (V, n) -> (B, n)
         value = self.form.value(theta, flat)
@@ -232,7 +245,7 @@ class Law:
     def __call__(self, *args: Any, **x: Any) -> Any:
         """The predicted target; a float for numbers, an array for arrays."""
         flat, shape = self._point(args, x)
-        value = self._evaluate(self.form.internal(self.parameters[None]), flat)[0].reshape(shape)
+        value = self._evaluate(self._internal(), flat)[0].reshape(shape)
         return float(value) if shape == () else value
 
     def predict(
@@ -261,7 +274,7 @@ class Law:
                 f"{self.form.name}: refused: {receipt.extrapolation.text.removeprefix('warning: ')}; "
                 "fit larger runs or raise max_factor"
             )
-        value = self._evaluate(self.form.internal(self.parameters[None]), flat)[0, 0]
+        value = self._evaluate(self._internal(), flat)[0, 0]
         return Prediction(
             float(value), self.interval(lambda theta: self._evaluate(theta, flat)[:, 0], level), level, receipt
         )
@@ -311,6 +324,7 @@ class Law:
             raise OptionError(
                 f"{self.form.name}: {wanted!r} is not a variable of this law ({', '.join(self.variables)})"
             )
+        self._internal()  # refuses constants that say nothing
         others = {name: np.asarray(value, dtype=float) for name, value in x.items()}
         shape = np.broadcast_shapes(np.shape(target), *(a.shape for a in others.values()))
         flat = np.broadcast_to(np.asarray(target, dtype=float), shape).reshape(-1)

@@ -7,6 +7,8 @@ decay schedule the best rate is batch * a * T^b, batch in sequences (of 4,096), 
 
 from __future__ import annotations
 
+import math
+
 from pennyweight.elementwise import elementwise
 from pennyweight.errors import OptionError
 
@@ -17,7 +19,7 @@ def power(T: float, batch: float, *, a: float = 4.6, b: float = -0.51, eta_max: 
 
     Arrays, too. a = 4.6 is the fitted law; the scheduler's own default is a = 4.
     """
-    if not (T > 0 and batch > 0 and a > 0):
+    if not (0 < T < math.inf and 0 < batch < math.inf and a > 0):
         raise OptionError(f"lr.power: T = {T!r}, batch = {batch!r}, a = {a!r}; give positive numbers")
     rate = float(batch * a * float(T) ** b)
     return rate if eta_max is None else min(rate, eta_max)

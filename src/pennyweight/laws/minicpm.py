@@ -7,6 +7,7 @@ of Small Language Models with Scalable Training Strategies", arXiv:2404.06395. D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.forms import D, N, Posynomial, Term, coefficient, exponent, register
 from pennyweight.laws.law import Law
+from pennyweight.laws.table import columns, numbers
 
 MINICPM = register(
     Posynomial(
@@ -34,7 +36,7 @@ MINICPM = register(
 @elementwise
 def batch_by_loss(L: float, *, scale: float = 1.21e9, power: float = 6.24) -> float:
     """Best batch in tokens at loss ``L`` (nats a token, on C4; arrays, too): scale / L^power."""
-    if not L > 0:
+    if not 0 < L < math.inf:
         raise OptionError(f"batch_by_loss: L = {L!r}; give a positive loss in nats a token")
     return float(scale / L**power)
 
@@ -99,28 +101,33 @@ def fit_from_wsd(run: Any, branches: Sequence[Mapping[str, float]], **options: A
     Raises:
         DataError: a branch that decays from beyond its stable run, or belongs to none.
     """
-    runs = [run] if isinstance(run, Mapping) else list(run)
-    if not runs or not branches:
+    runs = columns([run] if isinstance(run, Mapping) else run, "fit_from_wsd")
+    rows = columns(branches, "fit_from_wsd")
+    if not runs or not rows:
         raise DataError("fit_from_wsd: give at least one stable run and its branches")
-    stable = {float(r.get("N", 1.0)): float(r["tokens"]) for r in runs}
+    if "tokens" not in runs:
+        raise DataError(f"fit_from_wsd: the stable runs have no tokens; there are {', '.join(runs)}")
+    if missing := [name for name in ("D", "decay_tokens", "loss") if name not in rows]:
+        raise DataError(f"fit_from_wsd: the branches have no {', '.join(missing)}")
+    ends = numbers(runs["tokens"], "tokens").tolist()
+    stable = dict(zip(numbers(runs.get("N", [1.0] * len(ends)), "N").tolist(), ends, strict=True))
     only = next(iter(stable)) if len(stable) == 1 else None
     sizes, tokens, losses, decays = [], [], [], []
-    for number, branch in enumerate(branches, start=1):
-        missing = [name for name in ("D", "decay_tokens", "loss") if name not in branch]
-        if missing:
-            raise DataError(f"fit_from_wsd: branch {number} has no {', '.join(missing)}")
-        size = float(branch.get("N", only if only is not None else float("nan")))
+    whole, late, lost = (numbers(rows[name], name).tolist() for name in ("D", "decay_tokens", "loss"))
+    of = numbers(rows["N"], "N").tolist() if "N" in rows else [math.nan if only is None else only] * len(whole)
+    for number, (size, total, decay, loss) in enumerate(zip(of, whole, late, lost, strict=True), start=1):
         if size not in stable:
             raise DataError(f"fit_from_wsd: branch {number} has N = {size:g}; the stable runs have {sorted(stable)}")
-        start = float(branch["D"]) - float(branch["decay_tokens"])
-        if not 0 <= start <= stable[size] * (1 + 1e-9):
+        start = total - decay
+        if not (decay >= 0 and 0 <= start <= stable[size] * (1 + 1e-9)):
             raise DataError(
-                f"fit_from_wsd: branch {number} decays from {start:g} tokens; its stable run has {stable[size]:g}"
+                f"fit_from_wsd: branch {number} decays from {start:g} over {decay:g} tokens; its stable run has "
+                f"{stable[size]:g}"
             )
         sizes.append(size)
-        tokens.append(float(branch["D"]))
-        losses.append(float(branch["loss"]))
-        decays.append(float(branch["decay_tokens"]))
+        tokens.append(total)
+        losses.append(loss)
+        decays.append(decay)
     if len(set(sizes)) > 1:
         law = fit({"N": sizes, "D": tokens, "loss": losses}, "minicpm", **options)
     else:

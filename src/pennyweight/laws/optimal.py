@@ -94,7 +94,7 @@ def allocate(
     """
     names = [v.name for v in law.form.variables]
     if names != ["N", "D"]:
-        raise OptionError(f"allocate: {law.form.name} is a law of {', '.join(names)}; give one of N and D")
+        raise OptionError(f"allocate: {law.form.name} is a law of {', '.join(law.variables)}; give one of N and D")
     for name, value in (("train_flops", train_flops), ("flops_per_pair", flops_per_pair), ("bits", bits)):
         if not (value > 0 and math.isfinite(value)):
             raise OptionError(f"allocate: {name} = {value!r}; give a positive number")

@@ -32,6 +32,7 @@ from pennyweight.laws.forms import (
     register,
 )
 from pennyweight.laws.law import Law
+from pennyweight.laws.table import columns, numbers
 
 _CONSTANT = 6.7297
 #: Bits over which a weight's worth saturates: T. Kumar et al., "Scaling Laws for Precision", arXiv:2411.04330 (from
@@ -165,20 +166,18 @@ def fit_qat(runs: Any, **options: Any) -> QATLaw:
     """Fit the law to runs of both phases.
 
     Args:
-        runs: columns or rows with N, D_fp, D_qat (tokens of each phase), bits and loss.
+        runs: columns or rows with N, D_fp, D_qat (tokens of each phase), bits and loss; or the path of a CSV file.
         options: passed to `pennyweight.laws.fit`.
 
     Raises:
         DataError: a column missing, a phase without tokens, or fewer than two widths.
     """
-    if not hasattr(runs, "keys"):
-        listed = list(runs)
-        runs = {name: [row[name] for row in listed] for name in (listed[0] if listed else ())}
-    if missing := [name for name in ("N", "D_fp", "D_qat", "bits", "loss") if name not in runs]:
+    given = columns(runs, "fit_qat")
+    if missing := [name for name in ("N", "D_fp", "D_qat", "bits", "loss") if name not in given]:
         raise DataError(f"fit_qat: no column {', '.join(missing)}; give N, D_fp, D_qat, bits and loss")
-    size, fp, qat, bits, loss = (
-        np.asarray([float(v) for v in runs[k]]) for k in ("N", "D_fp", "D_qat", "bits", "loss")
-    )
+    size, fp, qat, bits, loss = (numbers(given[name], name) for name in ("N", "D_fp", "D_qat", "bits", "loss"))
+    if not ((size > 0) & (bits > 0)).all():
+        raise DataError("fit_qat: N and bits must be above 0 in every run")
     if not ((fp > 0) & (qat > 0)).all():
         raise DataError(
             "fit_qat: a run without full-precision or without quantization-aware tokens; the law needs both phases"

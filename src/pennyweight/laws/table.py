@@ -6,6 +6,8 @@ Shape letters: V variables, n points.
 from __future__ import annotations
 
 import csv
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,48 +32,87 @@ class Points:
 
 
 def read_csv(path: str | Path) -> dict[str, list[str]]:
-    """The columns of a CSV file with a header, as text.
+    """The columns of a CSV file with a header, as text; with semicolons or tabs where the header has no comma.
 
     Raises:
-        DataError: no such file, no rows, or a row of another length.
+        DataError: no such file, no rows, a row of another length, or two columns of one name.
     """
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
+            top = file.readline()
+            while top and not top.strip():
+                top = file.readline()
+            mark = next((mark for mark in ",;\t" if mark in top), ",")
+            rows = [row for row in csv.reader(itertools.chain([top], file), delimiter=mark) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error}); give a UTF-8 file with a header line") from error
     if len(rows) < 2:
         raise DataError(f"{path}: {max(len(rows) - 1, 0)} rows below the header; give one row a run")
     header = [name.strip() for name in rows[0]]
+    if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+        raise DataError(f"{path}: {twice[0]!r} names more than one column; give each a name of its own")
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(header):
             raise DataError(f"{path} line {number}: {len(row)} fields where the header names {len(header)}")
     return {name: [row[index] for row in rows[1:]] for index, name in enumerate(header)}
 
 
-def _numbers(values: Any, name: str) -> Array:
-    try:
-        found = np.asarray([float(value) for value in values], dtype=float)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"column {name}: {error}; give plain numbers (1.4e12, not 1.4T)") from error
-    return found
+def numbers(values: Any, name: str) -> Array:
+    """A column as numbers.
+
+    Raises:
+        DataError: a value that is none.
+    """
+    found = []
+    for row, value in enumerate(values, start=1):
+        try:
+            found.append(float(value))
+        except (TypeError, ValueError):
+            shown = value if isinstance(value, str) else repr(value)
+            raise DataError(
+                f"column {name}, row {row}: {shown[:40]!r} is none; give plain numbers (1.4e12, not 1.4T or 1,4)"
+            ) from None
+    return np.asarray(found, dtype=float)
 
 
-def _columns(points: Any, form: Form, axis: str | None) -> dict[str, Array]:
+def columns(points: Any, where: str) -> dict[str, Any]:
+    """Columns by name, of a mapping or DataFrame of them, of rows by name, or of a CSV file given by its path.
+
+    Raises:
+        DataError: none of these, or columns or rows that do not go together.
+    """
     if isinstance(points, (str, Path)):
-        points = read_csv(points)
-    if hasattr(points, "keys") and hasattr(points, "__getitem__"):  # a mapping, a DataFrame
-        return {str(name): np.asarray(points[name], dtype=object).reshape(-1) for name in points.keys()}
+        return dict(read_csv(points))
+    if hasattr(points, "keys") and hasattr(points, "__getitem__"):
+        found = {str(name): np.asarray(points[name], dtype=object).reshape(-1) for name in points.keys()}
+        lengths = {name: len(values) for name, values in found.items()}
+        if len(set(lengths.values())) > 1:
+            said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise DataError(f"{where}: columns of different lengths ({said}); give one value a run")
+        return found
+    rows = None
+    if hasattr(points, "__iter__"):
+        rows = list(points)
+    if rows is None or not all(isinstance(row, Mapping) for row in rows):
+        raise DataError(
+            f"{where}: {type(points).__name__} given; give columns by name, rows by name, or the path of a CSV file"
+        )
+    first = list(rows[0]) if rows else []
+    for number, row in enumerate(rows, start=1):
+        if set(row) != set(first):
+            raise DataError(
+                f"{where}: point {number} has {', '.join(map(str, row))}; the first has {', '.join(map(str, first))}"
+            )
+    return {str(name): np.array([row[name] for row in rows], dtype=object) for name in first}
+
+
+def _columns(points: Any, form: Form, axis: str | None) -> dict[str, Any]:
+    if isinstance(points, (str, Path)) or not hasattr(points, "__iter__") or hasattr(points, "keys"):
+        return columns(points, form.name)
     rows = list(points)
     if rows and isinstance(rows[0], Mapping):
-        first = list(rows[0])
-        for number, row in enumerate(rows, start=1):
-            if set(row) != set(first):
-                raise DataError(
-                    f"point {number} has {', '.join(map(str, row))}; the first has {', '.join(map(str, first))}"
-                )
-        return {str(name): np.array([row[name] for row in rows], dtype=object) for name in first}
+        return columns(rows, form.name)
     try:
         table = np.asarray(rows, dtype=float)
     except (TypeError, ValueError) as error:
@@ -119,46 +160,46 @@ def read(
     """
     if axis is not None and len(form.variables) != 1:
         raise OptionError(f"{form.name} is a law of {len(form.variables)} variables; axis = {axis!r} has no effect")
-    columns = _columns(points, form, axis)
+    table = _columns(points, form, axis)
     units = dict(units or {})
-    if unknown := [name for name in units if name not in columns]:
-        raise OptionError(f"units: no column {unknown[0]!r}; there are {', '.join(columns)}")
+    if unknown := [name for name in units if name not in table]:
+        raise OptionError(f"units: no column {unknown[0]!r}; there are {', '.join(table)}")
     scaled = {}
 
     def column(name: str) -> Array:
         if name not in scaled:
-            scaled[name] = _numbers(columns[name], name) * float(units.get(name, 1.0))
+            scaled[name] = numbers(table[name], name) * float(units.get(name, 1.0))
         return scaled[name]
 
     notes = []
-    target_name = _pick(columns, (target,) if target else (form.target, *_LOSSES))
+    target_name = _pick(table, (target,) if target else (form.target, *_LOSSES))
     if target_name is None:
         raise DataError(
-            f"no column {target or form.target!r} to predict; there are {', '.join(columns)}; name it (target=...)"
+            f"no column {target or form.target!r} to predict; there are {', '.join(table)}; name it (target=...)"
         )
     picked: str | None = axis
     x = []
     for variable in form.variables:
-        name = axis if axis is not None else _pick(columns, (variable.name, *variable.synonyms))
+        name = axis if axis is not None else _pick(table, (variable.name, *variable.synonyms))
         if name is None and len(form.variables) == 1:
-            rest = [c for c in columns if c != target_name]
+            rest = [c for c in table if c != target_name]
             name = rest[0] if len(rest) == 1 else None
         if name is None and variable.name == "D":  # tokens follow from compute and size
             params, compute = (
-                _pick(columns, ("N", "params", "parameters")),
-                _pick(columns, ("C", "train_flop", "flops")),
+                _pick(table, ("N", "params", "parameters")),
+                _pick(table, ("C", "train_flop", "flops")),
             )
             if params and compute:
                 x.append(column(compute) / (6.0 * column(params)))
                 notes.append(f"D taken as {compute} / (6 {params})")
                 continue
-        if name is None or name not in columns:
-            raise DataError(f"{form.name} needs a column {name or variable.name!r}; there are {', '.join(columns)}")
+        if name is None or name not in table:
+            raise DataError(f"{form.name} needs a column {name or variable.name!r}; there are {', '.join(table)}")
         picked = name if len(form.variables) == 1 else None
         x.append(column(name))
     y = column(target_name)
-    table = np.stack(x)
-    form.check(table)
+    variables = np.stack(x)
+    form.check(variables)
     if not np.isfinite(y).all():
         raise DataError(f"{target_name} of point {int(np.flatnonzero(~np.isfinite(y))[0]) + 1} is not a finite number")
     if form.space == "log" and (y <= 0).any():
@@ -167,8 +208,8 @@ def read(
             f"{target_name} is {y[at]:g} in point {at + 1}: {form.name} has no value at or below 0 (a likelihood of "
             "continuous data can be negative); fit a loss that is positive, such as CRPS or a normalized loss"
         )
-    _units_agree(form, table)
-    return Points(table, y, picked, tuple(notes))
+    _units_agree(form, variables)
+    return Points(variables, y, picked, tuple(notes))
 
 
 def _units_agree(form: Form, x: Array) -> None:

@@ -11,6 +11,7 @@ holds over a small range. Shape letters: K parameter sets, n points.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit as fit_form
 from pennyweight.laws.forms import Array, Form, N, Parameter, S, Space, Variable, exponent, find, register
 from pennyweight.laws.law import Law
-from pennyweight.laws.table import read_csv
+from pennyweight.laws.table import columns, numbers
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -137,7 +138,7 @@ class Trajectory:
     @elementwise
     def critical_batch(self, L: float) -> float:
         """B_*/L^(1/alpha_B) tokens: twice the least steps and twice the least tokens there."""
-        if not L > 0:
+        if not 0 < L < math.inf:
             raise OptionError(f"critical_batch: L = {L!r}; give a loss above 0")
         return float(self.law.B_star / L ** (1 / self.law.alpha_B))
 
@@ -156,6 +157,8 @@ class Trajectory:
         Raises:
             DataError: a model of that size never does.
         """
+        if not (0 < L < math.inf and 0 < N < math.inf and batch > 0):
+            raise OptionError(f"steps_for: L = {L!r}, N = {N!r}, batch = {batch!r}; give positive numbers")
         found = float(self.law.inverse("S", L, N=N, B=batch))
         if np.isnan(found):
             floor = (self.law.N_c / N) ** self.law.alpha_N
@@ -195,19 +198,16 @@ def fit(runs: Any, *, warmup_steps: float = 0.0, **options: Any) -> Trajectory:
     Raises:
         DataError: fewer than two sizes, or two batches: their constants could not be told.
     """
-    if isinstance(runs, str) or hasattr(runs, "__fspath__"):
-        runs = read_csv(runs)
-    if not hasattr(runs, "keys"):
-        rows = list(runs)
-        runs = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
-    columns = {str(name): np.asarray([float(v) for v in runs[name]]) for name in runs.keys()}
-    steps = next((columns[name] for name in ("S", "steps") if name in columns), None)
+    table = {name: numbers(values, name) for name, values in columns(runs, "trajectory.fit").items()}
+    steps = next((table[name] for name in ("S", "steps") if name in table), None)
     if steps is None:
-        raise DataError(f"trajectory.fit: no column steps; there are {', '.join(columns)}")
+        raise DataError(f"trajectory.fit: no column steps; there are {', '.join(table) or 'none'}")
+    if not (steps >= 0).all():
+        raise DataError("trajectory.fit: steps must be 0 or more in every row")
     kept = steps > warmup_steps
     if not kept.any():
         raise DataError(f"trajectory.fit: no point after {warmup_steps:g} steps of warm-up")
-    return Trajectory(fit_form({name: values[kept] for name, values in columns.items()}, "kaplan_LNSB", **options))
+    return Trajectory(fit_form({name: values[kept] for name, values in table.items()}, "kaplan_LNSB", **options))
 
 
 def loss(N: Any, steps: Any, batch: Any, *, constants: Trajectory = KAPLAN) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
-from pennyweight.elementwise import elementwise
+from pennyweight.elementwise import elementwise, numbers
 from pennyweight.errors import DataError, OptionError
 from pennyweight.laws.fitter import fit
 from pennyweight.laws.forms import Array
@@ -82,10 +82,12 @@ def optimal(
     """
     if not (nonvocab_params > 0 and math.isfinite(nonvocab_params)):
         raise OptionError(f"vocab.optimal: nonvocab_params = {nonvocab_params!r}; give a positive number")
+    given = {name: value for name, value in (("flops", flops), ("width", width)) if value is not None}
+    numbers("vocab.optimal", **given)
     d = default_width(nonvocab_params) if width is None else width
-    if d <= 0:
+    if not 0 < d < math.inf:
         raise OptionError(f"vocab.optimal: width = {width!r}; give a positive number")
-    if flops is not None and not flops > 0:
+    if flops is not None and not 0 < flops < math.inf:
         raise OptionError(f"vocab.optimal: flops = {flops!r}; give a positive number")
     if method == "isoflops":
         first, second = _ISO_VOCABULARY

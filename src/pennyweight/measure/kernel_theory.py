@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize_scalar
 
+from pennyweight.elementwise import numbers
 from pennyweight.errors import DataError, OptionError
 
 Array = NDArray[np.float64]
@@ -127,13 +128,17 @@ class _Problem(NamedTuple):
 
 
 def _problem(n: float, k: float, eigvals: Any, coeffs2: Any, ridge: float, noise: float) -> _Problem:
-    values, squares = np.asarray(eigvals, dtype=float).ravel(), np.asarray(coeffs2, dtype=float).ravel()
+    try:
+        values, squares = np.asarray(eigvals, dtype=float).ravel(), np.asarray(coeffs2, dtype=float).ravel()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"kernel_theory: {error}; give eigenvalues and squared coefficients in numbers") from None
     if values.size == 0 or values.shape != squares.shape:
         raise DataError(
             f"kernel_theory: {values.size} eigenvalues and {squares.size} squared coefficients; give one of each a mode"
         )
     if not (np.isfinite(values).all() and (values >= 0).all() and np.isfinite(squares).all() and (squares >= 0).all()):
         raise DataError("kernel_theory: eigenvalues and squared coefficients must be finite and not negative")
+    numbers("kernel_theory", n=n, k=k, ridge=ridge, noise=noise)
     for name, value, low in (("n", n, 0), ("k", k, 0), ("ridge", ridge, -1e-300), ("noise", noise, -1e-300)):
         if not value > low or (math.isinf(value) and name != "k"):
             raise OptionError(f"kernel_theory: {name} = {value!r}; give n, k > 0 and a ridge and noise of 0 or more")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pennyweight import laws
+from pennyweight.elementwise import numbers
 from pennyweight.errors import BudgetError, DataError, OptionError
 
 Strategy = Literal["answer", "rephrase", "new"]
@@ -80,7 +81,12 @@ def augmentation(
     Raises:
         BudgetError: not one example can be paid.
     """
+    if costs is not None and not isinstance(costs, Mapping):
+        raise OptionError(f"augmentation: costs = {costs!r}; give a price for each of {', '.join(ARMS)}, by name")
     prices = dict(QUERIES if costs is None else costs)
+    numbers("augmentation", seeds=seeds, budget=budget, **{f"cost of {arm}": price for arm, price in prices.items()})
+    if not math.isfinite(budget) or not math.isfinite(seeds):
+        raise OptionError(f"augmentation: seeds = {seeds!r}, budget = {budget!r}; give finite numbers")
     if unknown := [arm for arm in prices if arm not in ARMS]:
         raise OptionError(f"augmentation: no arm is called {unknown[0]!r}; there are {', '.join(ARMS)}")
     if seeds < 1 or not prices or any(not price > 0 for price in prices.values()):

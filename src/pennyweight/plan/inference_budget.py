@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from pennyweight.elementwise import numbers
 from pennyweight.errors import BudgetError, OptionError
 
 _REFERENCE, _PROMPT, _GENERATED = 3e9, 128, 64
@@ -50,9 +51,15 @@ class Stage:
     scorer: Callable[[float, int], float] | None = None
 
     def __post_init__(self) -> None:
-        if not self.models or any(not params > 0 for params in self.models):
-            raise OptionError(f"Stage: models = {list(self.models)!r}; give parameter counts above 0")
-        if not (self.prompt_len > 0 and self.gen_len > 0):
+        try:
+            sizes = tuple(float(params) for params in self.models)
+        except (TypeError, ValueError):
+            raise OptionError(f"Stage: models = {self.models!r}; give a list of parameter counts") from None
+        if not sizes or any(not 0 < params < math.inf for params in sizes):
+            raise OptionError(f"Stage: models = {list(sizes)!r}; give parameter counts above 0")
+        object.__setattr__(self, "models", sizes)
+        numbers("Stage", prompt_len=self.prompt_len, gen_len=self.gen_len)
+        if not (0 < self.prompt_len < math.inf and 0 < self.gen_len < math.inf):
             raise OptionError(
                 f"Stage: prompt_len = {self.prompt_len!r}, gen_len = {self.gen_len!r}; give positive lengths"
             )
@@ -228,6 +235,7 @@ def split_budget(
         BudgetError: the cheapest choice is over budget.
         OptionError: neither scorers nor ``evaluate``, or an unknown proposer.
     """
+    numbers("test_time", budget=budget)
     if not stages or iters < 0 or batch < 1:
         raise OptionError(
             f"test_time: {len(stages)} stages, iters = {iters}, batch = {batch}; give at least 1, 0 and 1"

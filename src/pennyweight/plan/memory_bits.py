@@ -7,8 +7,10 @@ parameters (`laws.qat.effective_params`), and the share is the paper's closed fo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+from pennyweight.elementwise import numbers
 from pennyweight.errors import BudgetError
 from pennyweight.laws import published
 from pennyweight.laws.qat import QATLaw, effective_params, qat_fraction
@@ -44,10 +46,11 @@ def bits_for_memory(
     Raises:
         BudgetError: a budget that is not positive, or no widths.
     """
-    if not widths:
-        raise BudgetError("bits_for_memory: no widths to choose from")
+    numbers("bits_for_memory", bytes=bytes, tokens=tokens)
+    if not widths or not all(0 < width < math.inf for width in widths):
+        raise BudgetError(f"bits_for_memory: widths = {widths!r}; give bits above 0 to choose from")
     if law is None:
-        if not (bytes > 0 and tokens > 0):
+        if not (0 < bytes < math.inf and 0 < tokens < math.inf):
             raise BudgetError(f"bits_for_memory: {bytes!r} bytes, {tokens!r} tokens; give positive numbers")
         base, found = published.refit(), []
         for width in widths:

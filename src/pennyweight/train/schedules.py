@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pennyweight.elementwise import elementwise
+from pennyweight.elementwise import elementwise, numbers
 from pennyweight.errors import OptionError
 
 Unit = Literal["steps", "tokens"]
@@ -65,7 +65,7 @@ class Schedule:
         Raises:
             OptionError: a decay that starts outside this schedule, of no length or of an unknown shape.
         """
-        if shape not in _SHAPES:
+        if not isinstance(shape, str) or shape not in _SHAPES:
             raise OptionError(f"decay of {self.name}: shape {shape!r}; give one of {', '.join(_SHAPES)}")
         if not (0 <= at <= self.total and math.isfinite(at) and 0 < over < math.inf):
             raise OptionError(
@@ -117,6 +117,7 @@ def wsd(
     Raises:
         OptionError: shares outside 0 to 1, or a warm-up that reaches into the decay.
     """
+    numbers("wsd", total=total, warmup=warmup, decay_frac=decay_frac)
     _check_total(total, "wsd")
     _check_share(decay_frac, "decay_frac", "wsd")
     over = decay_frac * total
@@ -160,7 +161,8 @@ def power(
     Raises:
         OptionError: numbers outside their ranges, or a warm-up that reaches into the decay.
     """
-    if not (batch > 0 and a > 0 and b < 0 and eta_max > 0):
+    numbers("power", batch=batch, a=a, b=b, eta_max=eta_max, warmup_tokens=warmup_tokens, decay_frac=decay_frac)
+    if not (0 < batch < math.inf and 0 < a < math.inf and -math.inf < b < 0 and eta_max > 0):
         raise OptionError(
             f"power: batch = {batch!r}, a = {a!r}, b = {b!r}, eta_max = {eta_max!r}; give b < 0 and the others > 0"
         )
