@@ -111,6 +111,55 @@ def test_heads_and_units_that_are_gone_are_those_whose_share_is_taken_away():
     assert layer.mlp.gate_proj.out_features == 46
 
 
+@pytest.mark.parametrize("layers", [(0, 1), (1,)])
+def test_queries_that_are_gone_are_gone_where_some_tokens_are_padding(layers, tmp_path):
+    """Attention with a mask reads how many queries share a key, which attention without one need not."""
+    ids = inputs("llama")["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
+
+    def found(module: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return module(**padded).logits[mask.bool()]
+
+    module = build("llama").double()
+    heads = torch.ones(4, 8).double()
+    heads[[0, 3]] = 0  # the first query of the first key, the second one of the other
+    handles = [
+        module.model.layers[at].self_attn.o_proj.register_forward_pre_hook(lambda _, x: (x[0] * heads.flatten(),))
+        for at in layers
+    ]
+    wanted = found(module)
+    for handle in handles:
+        handle.remove()
+    graph = trace(module, given("llama"))
+    (head,) = graph.of("queries", layers[0])
+    assert head.size == 2
+    for at in layers:
+        with torch.no_grad():  # which queries go is one choice for all keys: exchange those of the second key
+            for layer, dim in ((module.model.layers[at].self_attn.q_proj, 0),
+                               (module.model.layers[at].self_attn.o_proj, 1)):  # fmt: skip
+                first, second = layer.weight.narrow(dim, 16, 8).clone(), layer.weight.narrow(dim, 24, 8).clone()
+                layer.weight.narrow(dim, 16, 8).copy_(second)
+                layer.weight.narrow(dim, 24, 8).copy_(first)
+    remove(module, graph, {one: torch.tensor([1]) for at in layers for one in graph.of("queries", at)}, given("llama"))
+    torch.testing.assert_close(found(module), wanted, rtol=1e-10, atol=1e-12)
+    assert (not resized_of(module)) == (len(layers) == 2)
+    save(of_module(module), tmp_path)
+    torch.testing.assert_close(found(load(tmp_path).module.double()), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_widths_that_a_configuration_refuses_are_saved_beside_it(tmp_path):
+    module = build("llama")
+    graph = trace(module, given("llama"))
+    (stream,) = graph.of("hidden")
+    remove(module, graph, {stream: torch.arange(30)}, given("llama"))  # 4 heads do not divide them
+    assert resized_of(module)
+    save(of_module(module), tmp_path)
+    assert torch.equal(run(load(tmp_path).module, "llama"), run(module, "llama"))
+
+
 def test_uneven_layers_and_missing_blocks_live_in_one_file(tmp_path):
     module = build("qwen2")
     for blocks in ((), (0,)):
@@ -249,6 +298,15 @@ def test_a_model_whose_code_needs_its_sizes_is_put_back():
         remove(module, graph, {units: torch.arange(4)}, x)
     assert torch.equal(module(*x), before)
     assert module.first.out_features == 6
+
+
+def test_what_a_kernel_refuses_is_said_and_put_back():
+    module = build("mixtral")
+    before, graph = run(module, "mixtral"), trace(module, given("mixtral"))
+    units = graph.of("ffn", 0)[0]
+    with pytest.raises(ModelError, match=r"does not run without ffn of .*\(.*multiple of 16.*\); keep other numbers"):
+        remove(module, graph, {units: torch.arange(47)}, given("mixtral"))
+    assert torch.equal(run(module, "mixtral"), before)
 
 
 def test_axes_that_are_cut_and_joined_keep_their_indices():

@@ -8,6 +8,7 @@ masked one gives. Where no choice does, everything is put back and the error say
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pennyweight.errors import ModelError, OptionError
+from pennyweight.evaluate.forward import accepts
 from pennyweight.model import anatomy
 from pennyweight.model.resized import is_counter, note, resized_of
 from pennyweight.surgery.axes import Axis, mask_of, parts
@@ -55,16 +57,20 @@ def remove(module: nn.Module, graph: Graph, kept: Mapping[Dimension, Tensor], in
     if not masks:
         return 0.0
     wanted = masked(module, graph, masks, inputs)
+    padded = _padded(module, inputs)
     before = {name: tensor.data for name, tensor in tensors_of(module).items()}
     held = tensors_of(module)
     _slice(held, graph, masks)
     numbers = _Numbers(module, graph, masks)
     bound = TOLERANCE.get(wanted[0].dtype, 1e-2) * max(float(one.abs().max()) for one in wanted)
-    difference = torch.inf
+    difference, failures = torch.inf, Counter[str]()
     for choice, change in itertools.islice(_ways(module, numbers), _TRIALS):
         numbers.set(choice)
         with changed(module, change):
-            difference = min(difference, _difference(module, inputs, wanted))
+            found = _difference(module, inputs, wanted, failures)
+            if found <= bound and padded is not None:
+                found = max(found, _difference(module, padded, wanted, failures, twice=True))
+        difference = min(difference, found)
         if difference <= bound:
             break
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items() if tensor.shape != before[name].shape}
@@ -77,10 +83,39 @@ def remove(module: nn.Module, graph: Graph, kept: Mapping[Dimension, Tensor], in
     for name, data in before.items():
         held[name].data = data
     names = ", ".join(dimension.name for dimension in list(kept)[:3])
+    if difference == torch.inf and failures:
+        why = "; ".join(failure for failure, _ in failures.most_common(2))
+        raise ModelError(
+            f"surgery: the model does not run without {names} ({why}); keep other numbers of them, multiples of 8 say"
+        )
     raise ModelError(
         f"surgery: without {names} the model differs from the masked one by {difference:.2g} (at most {bound:.2g} "
         "would be rounding); its code reads sizes that cannot be changed"
     )
+
+
+def _padded(module: nn.Module, inputs: Inputs) -> dict[str, Any] | None:
+    """``inputs`` twice, the second time without the last token: what attention reads its sizes for may differ then.
+
+    None where the model takes no mask, or where one row of a batch changes what others give.
+    """
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.shape[-1] < 2 or not accepts(module, "attention_mask"):
+        return None
+    assert isinstance(inputs, Mapping)
+    mask = inputs.get("attention_mask")
+    whole = torch.ones_like(ids) if mask is None else mask
+    if whole.shape != ids.shape:
+        return None
+    cut = whole.clone()
+    cut[:, -1] = 0
+    twice = {
+        name: torch.cat([one, one]) if isinstance(one, Tensor) and one.ndim else one for name, one in inputs.items()
+    }
+    twice["attention_mask"] = torch.cat([whole, cut])
+    wanted = run(module, inputs)
+    bound = TOLERANCE.get(wanted[0].dtype, 1e-2) * max(float(one.abs().max()) for one in wanted)
+    return twice if _difference(module, twice, wanted, Counter(), twice=True) <= bound else None
 
 
 def _ways(module: nn.Module, numbers: _Numbers) -> Iterator[tuple[dict[tuple[type, str], int | None], dict[str, Any]]]:
@@ -119,11 +154,20 @@ def _slice(held: Mapping[str, Tensor], graph: Graph, masks: Mapping[Axis, Tensor
             tensor.data = data.contiguous()
 
 
-def _difference(module: nn.Module, inputs: Inputs, wanted: Sequence[Tensor]) -> float:
+def _difference(
+    module: nn.Module, inputs: Inputs, wanted: Sequence[Tensor], failures: Counter[str], *, twice: bool = False
+) -> float:
+    """Of what ``module`` gives (where it is given everything ``twice``, of the first half) from what is ``wanted``.
+
+    Errors are counted in ``failures``.
+    """
     try:
         found = run(module, inputs)
-    except (RuntimeError, ValueError, IndexError, AssertionError):  # sizes that do not fit: a choice that is wrong
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # sizes that do not fit: a wrong choice
+        failures[str(error).partition("\n")[0]] += 1
         return torch.inf
+    if twice:
+        found = [one[: len(one) // 2] if one.ndim else one for one in found]
     if [one.shape for one in found] != [one.shape for one in wanted]:
         return torch.inf
     worst = max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,16 +38,30 @@ def settle(
     rest = rest or Resized()
     if not isinstance(module, PreTrainedModel) or not resized_of(module):
         return False
-    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    wanted = _shapes(module)
     for change in itertools.islice(changes(module.config, pairs), _TRIALS):
         config = copy.deepcopy(module.config)
         if not _set(config, change):
             continue
-        if _shapes(type(module), config, rest) == wanted and (bool(rest) or _same(module, config, change, inputs)):
+        skeleton = _skeleton(type(module), config, rest)
+        if skeleton is None or _shapes(skeleton) != wanted:
+            continue
+        if rest or _same(module, config, change, inputs):
             _set(module.config, change)
             note(module, rest)
+            if not rest:
+                _number(module, skeleton)
             return True
     return False
+
+
+def _number(module: nn.Module, skeleton: nn.Module) -> None:
+    """Give every part the whole numbers that its class takes from the configuration; some are read for few inputs."""
+    made = dict(skeleton.named_modules())
+    for path, part in module.named_modules():
+        for key, value in vars(made[path]).items() if path in made else ():
+            if type(value) is int and type(vars(part).get(key)) is int:
+                setattr(part, key, value)
 
 
 @contextmanager
@@ -96,14 +111,20 @@ def changes(config: PreTrainedConfig, pairs: Collection[tuple[int, int]]) -> Ite
             yield {key: new}  # a size that follows from another one until it is said
 
 
-def _shapes(cls: type[PreTrainedModel], config: PreTrainedConfig, rest: Resized) -> dict[str, torch.Size] | None:
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, rest: Resized) -> PreTrainedModel | None:
+    """The model that a file of ``config`` would make, on the meta device; None where it is refused."""
     try:
-        with torch.device("meta"):
-            skeleton = cls(config)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a trial may ask for layers of no channels
+            skeleton = cls(type(config).from_dict(config.to_dict()))
         lay(skeleton, rest, "surgery")
-        return {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     except Exception:  # a configuration that makes no model may fail in any way
         return None
+    return skeleton
 
 
 def _same(
