@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pennyweight import lever as registry
+from pennyweight.cli import main
 from pennyweight.cli.app import commands
 from pennyweight.recipe import Recipe
 from pennyweight.statistics import NO_STATISTICS
@@ -18,6 +19,8 @@ from pennyweight.weights import Dense, rebuild, structure
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+#: Written by hand, and not a log.
+TABLES = tuple(f"docs/{name}.md" for name in ("gguf", "merge", "planning", "quantizers", "sparsity", "structured"))
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -40,13 +43,16 @@ def test_the_python_of_the_readme_runs(number, capsys):
 
 def commands_of(page: str) -> list[str]:
     text = (ROOT / page).read_text()
-    found = [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("pennyweight ")]
+    lines = [
+        line.removeprefix("$ ") for sort in ("sh", "console") for b in blocks(page, sort) for line in b.splitlines()
+    ]
+    found = [line for line in lines if line.startswith("pennyweight ")]
     return found + re.findall(r"`(pennyweight [^`]+)`", text)
 
 
-@pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in commands_of(page)])
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page in (*PAGES, *TABLES) for line in commands_of(page)])
 def test_the_commands_of_the_documentation_exist_and_take_those_options(page, line):
-    words = shlex.split(line)[1:]
+    words = shlex.split(line, comments=True)[1:]
     found = commands()
     name = next((n for n in (" ".join(words[:2]), words[0]) if n in found), None)
     groups = {known.split()[0] for known in found if " " in known}
@@ -55,6 +61,25 @@ def test_the_commands_of_the_documentation_exist_and_take_those_options(page, li
         return
     rest = words[len(name.split()) :]
     found[name].make_context(name, rest, resilient_parsing=not rest)
+
+
+def test_the_console_of_the_planning_page_is_what_is_printed(tmp_path, monkeypatch, capsys):
+    """Lines of three dots stand for any number of others; last digits may differ from machine to machine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs.csv").write_bytes((ROOT / "docs/tiny_runs.csv").read_bytes())
+    number = r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?"
+    said = re.split(r"^\$ ", "".join(blocks("docs/planning.md", "console")), flags=re.MULTILINE)[1:]
+    assert len(said) == 6
+    for command, *lines in (part.splitlines() for part in said):
+        assert main(shlex.split(command)[1:]) == 0, command
+        printed = capsys.readouterr().out
+        words = (re.escape(re.sub(number, "#", line)) if line != "..." else r"(?:.*\n)*.*" for line in lines)
+        bare = re.sub(" +", " ", "\n".join(re.sub(number, "#", line).rstrip() for line in printed.splitlines()))
+        assert re.fullmatch(re.sub(r"(\\ )+", r"\\ ", "\n".join(words)), bare), command
+        if "..." not in lines:
+            ours, theirs = ([float(one.replace(",", "")) for one in re.findall(number, text)]
+                            for text in ("\n".join(lines), printed))  # fmt: skip
+            assert theirs == pytest.approx(ours, rel=0.02, abs=1e-4), command
 
 
 def test_the_targets_that_the_documentation_names_are_in_the_makefile():
@@ -69,11 +94,11 @@ def test_the_targets_that_the_documentation_names_are_in_the_makefile():
     assert {"fit", "test", "lint"} <= named
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *TABLES])
 def test_links_and_files_named_are_there(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+        assert ((ROOT / page).parent / target).exists(), target
     for name in re.findall(r"`((?:[a-z_]+/)+[a-z_0-9.]*|[a-z_]+\.py)`", text):
         # written by a run, made by a contributor, or a pattern
         if name.startswith("runs/") or name.endswith(("residual.py", "docs/tried.md")):

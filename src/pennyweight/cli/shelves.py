@@ -234,7 +234,9 @@ def laws_sweep(
 
     runs = bench.grid(**_axes(axes, bench.Run()))
     with progress() as report:
-        records = bench.sweep(runs, cache=cache, workers=workers, report=functools.partial(report, "train tiny models"))
+        said = functools.partial(report, "train tiny models")
+        said(0, len(runs))
+        records = bench.sweep(runs, cache=cache, workers=workers, report=said)
     bench.write_csv(records, out, curve=curve)
     print(f"{len(records)} runs, {min(r.loss for r in records):.4g} nats a byte at the least: {out}")
 
