@@ -238,6 +238,15 @@ def test_a_study_counts_gains_kept_and_losses_elsewhere():
     assert (found.of("average", 2).held_in, found.of("average", 2).held_out) == (0.75, 0.0)
     assert (found.of("sum", 2).held_in, found.of("sum", 2).held_out) == (1.0, 1.0)
     assert found.of("average", 1).held_in == 1.0
+    seen = []
+
+    def given(chosen):  # what needs more than parameters is told whose experts to merge
+        seen.append(chosen)
+        return {"x": sum(experts[n]["x"] for n in chosen) / len(chosen)}
+
+    other = study(base, experts, losses, counts=(1, 2), methods={"average": [given]})
+    assert other.merges == tuple(one for one in found.merges if one.method == "average")
+    assert seen == [[0], [1], [0, 1]]
     assert "average\t2\t0.750\t0.0000" in found.table()
     with pytest.raises(OptionError, match="of 2 experts"):
         study(base, experts, losses, counts=(3,))

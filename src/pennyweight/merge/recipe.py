@@ -114,11 +114,16 @@ class MergeRecipe:
             near = get_close_matches(name, FORMULAS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FORMULAS)}"
             raise RecipeError(f"{source}: no merge is called {name!r}; {hint}")
-        models = [one if isinstance(one, dict) else {"model": one} for one in found.get("models") or []]
+        given = found.get("models") or []
+        models = [one if isinstance(one, dict) else {"model": one} for one in given if isinstance(given, list)]
         for one in models:
             _known(one, _MODEL_KEYS, f"{source}, models")
         if not models or not all(isinstance(one.get("model"), str) for one in models):
             raise RecipeError(f"{source}: models names none, or one without a model: key; give a list of directories")
+        places = [("base", found.get("base")), *((k, one.get(k)) for one in models for k in ("adapter", "moments"))]
+        for key, place in places:
+            if place is not None and not isinstance(place, str):
+                raise RecipeError(f"{source}: {key} is {place!r}; give a directory")
         options = found.get("options") or {}
         names = [f.name for f in dataclasses.fields(FORMULAS[name]) if f.metadata and f.name != "weights"]
         if not isinstance(options, dict):
@@ -133,7 +138,7 @@ class MergeRecipe:
         if any(weight is not None for weight in weights):
             options = options | {"weights": tuple(1.0 if weight is None else weight for weight in weights)}
         dtype, skip, shard = found.get("dtype"), found.get("skip") or [], found.get("shard")
-        if dtype is not None and dtype not in DTYPES:
+        if dtype is not None and str(dtype) not in DTYPES:
             raise RecipeError(f"{source}: dtype {dtype!r}; give one of {', '.join(DTYPES)}")
         if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
             raise RecipeError(f"{source}: skip is {skip!r}; give a list of patterns")
@@ -144,9 +149,12 @@ class MergeRecipe:
             raise RecipeError(f"{source}: {error}") from None
         return cls(
             formula=formula,
-            models=tuple({key: home / value for key, value in one.items() if key != "weight"} for one in models),
-            base=None if found.get("base") is None else home / str(found["base"]),
-            dtype=None if dtype is None else DTYPES[dtype],
+            models=tuple(
+                {key: home / value for key, value in one.items() if key != "weight" and value is not None}
+                for one in models
+            ),
+            base=None if found.get("base") is None else home / found["base"],
+            dtype=None if dtype is None else DTYPES[str(dtype)],
             skip=tuple(skip),
             shard_bytes=shard_bytes,
         )

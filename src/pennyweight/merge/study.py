@@ -21,6 +21,8 @@ from pennyweight.merge.linear import Linear, TaskArithmetic
 from pennyweight.merge.ties import Ties
 
 Tensors = Mapping[str, Tensor]
+#: A formula, or what makes parameters of the experts whose places it is given.
+Way = Formula | Callable[[Sequence[int]], Tensors]
 
 #: The four methods of the paper, each with the same grid of scales.
 METHODS: dict[str, tuple[Formula, ...]] = {
@@ -80,7 +82,7 @@ def study(
     losses: Callable[[Tensors], Sequence[float]],
     *,
     counts: Sequence[int] = (2, 4),
-    methods: Mapping[str, Sequence[Formula]] | None = None,
+    methods: Mapping[str, Sequence[Way]] | None = None,
 ) -> Study:
     """Merge neighbors among the experts, ``counts`` of them at a time, by every method, and judge what comes out.
 
@@ -89,7 +91,8 @@ def study(
         experts: theirs, in the order of their tasks.
         losses: of given parameters on every task: those of the experts first, in order, then the held-out ones.
         counts: numbers of experts.
-        methods: settings by name, the best of which on the held-in tasks stands for the method; None for `METHODS`.
+        methods: settings by name, the best of which on the held-in tasks stands for the method: formulas, or functions
+            for what needs more than parameters, such as second moments or the models; None for `METHODS`.
 
     Raises:
         OptionError: more experts asked for than there are, or no held-out task.
@@ -104,11 +107,15 @@ def study(
     for name, settings in (methods or METHODS).items():
         for count in counts:
             tried = []
-            for formula in settings:
+            for way in settings:
                 kept, gone = [], []
                 for first in range(len(experts) if count < len(experts) else 1):
                     chosen = [(first + n) % len(experts) for n in range(count)]
-                    found = losses(merge_tensors(formula, [experts[n] for n in chosen], base))
+                    if isinstance(way, Formula):
+                        merged: Tensors = merge_tensors(way, [experts[n] for n in chosen], base)
+                    else:
+                        merged = way(chosen)
+                    found = losses(merged)
                     kept += [(before[n] - found[n]) / (before[n] - after[n][n]) for n in chosen]
                     gone += [found[n] for n in outside]
                 tried.append(Merge(name, count, fmean(kept), fmean(gone)))
