@@ -46,10 +46,12 @@ class FireNet(nn.Module):
         self.last = _Step(3 * width, width)
         self.mask = nn.Conv2d(width, 1, 1)
         self.head = nn.Linear(4 * width, num_classes)
-        for weight in self.parameters():
+        for name, weight in self.named_parameters():
             if weight.ndim > 1:
                 fan_in = weight[0].numel()
                 weight.data.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            elif name.endswith("bias"):
+                weight.data.zero_()  # torch draws them from its own generator, whatever the seed
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of classes (B, K), and of the mask (B, 1, H, W)."""

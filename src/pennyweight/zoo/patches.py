@@ -74,6 +74,8 @@ class ViT(nn.Module):
             for name, weight in self.named_parameters():
                 if weight.ndim > 1 and name != "positions":
                     weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
+                elif name.endswith("bias"):
+                    weight.zero_()  # torch draws them from its own generator, whatever the seed
             self.positions.normal_(0, 0.02, generator=generator)
 
     def forward(self, images: Tensor) -> Tensor:

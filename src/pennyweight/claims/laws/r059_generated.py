@@ -1,4 +1,4 @@
-"""Row 59, synthetic data: of a model fine-tuned here the rectified law predicts the loss a little less badly.
+"""Row 59, synthetic data: on a model fine-tuned here the rectified law is ahead by little, and not with every seed.
 
 The fall is steeper, and its end sharper, than any of the three forms has it: all miss the largest sizes by a quarter.
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pennyweight import laws
@@ -79,12 +80,14 @@ def the_rectified_law_is_ahead_on_fine_tuning(assets: Assets) -> Outcome:
     curves = np.array([_curve(start, windows, judge, seed) for seed in _SEEDS])
     tokens = np.array(_STEPS) * _BATCH * (tiny.LENGTH - 1.0)
     mean = curves.mean(0)
+    forms = "rectified", "power_const", "power"
 
-    def missed(form: str) -> float:
-        law = laws.fit({"D": tokens[:-_HELD], "error": mean[:-_HELD]}, form, axis="D", target="error", holdout=False)
-        return float(np.abs(np.asarray(law(D=tokens[-_HELD:])) / mean[-_HELD:] - 1).mean())
+    def missed(form: str, curve: NDArray[np.float64]) -> float:
+        law = laws.fit({"D": tokens[:-_HELD], "error": curve[:-_HELD]}, form, axis="D", target="error", holdout=False)
+        return float(np.abs(np.asarray(law(D=tokens[-_HELD:])) / curve[-_HELD:] - 1).mean())
 
-    method, baseline, control = (missed(form) for form in ("rectified", "power_const", "power"))
+    method, baseline, control = (missed(form, mean) for form in forms)
+    by_seed = [[missed(form, curve) for form in forms] for curve in curves]
     one, three = (
         [q.question.split("?")[0] for q in synthesise(level, graph, documents=documents, generate=_asked, count=300)]
         for level in (1, 3)
@@ -94,11 +97,17 @@ def the_rectified_law_is_ahead_on_fine_tuning(assets: Assets) -> Outcome:
         method=method,
         baseline=baseline,
         unit="relative error of the loss at the two largest amounts of data, fitted without them",
-        holds=bool(method < baseline and method < control and spread[1] > spread[0]),
+        holds=bool(
+            method < min(baseline, control)
+            and all(ours < min(theirs) for ours, *theirs in by_seed)
+            and spread[1] > spread[0]
+        ),
         control=("a power law without a floor", control),
         notes=(
             f"loss before {float(token_losses(start, judge, batch=128).mean()):.3f}; "
             + ", ".join(f"{d:.0f}: {loss:.3f}" for d, loss in zip(tokens, mean, strict=True))
+            + "; misses by seed "
+            + "; ".join(", ".join(f"{miss:.4f}" for miss in row) for row in by_seed)
             + f"; distinct 3-grams of 200 questions: level 1 {spread[0]:.3f}, level 3 {spread[1]:.3f}"
         ),
     )

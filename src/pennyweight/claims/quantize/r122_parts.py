@@ -99,7 +99,7 @@ def cuts_by_likelihood_take_fewer_bits(assets: Assets) -> Outcome:
     # the control: pieces that were merged by frequency, cut as their merges say
     rival = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, initial_alphabet=sorted(set("".join(seen))))
-    rival.train_from_iterator((word for word, count in seen.items() for _ in range(min(count, 200))), trainer)
+    rival.train_from_iterator((word for word, count in seen.items() for _ in range(count)), trainer)
     merged = _by_use(Pieces(dict.fromkeys(rival.get_vocab(), -1.0)), seen, lambda word: rival.encode(word).tokens)
     characters = sum(len(word) * count for word, count in fresh.items())
     costs = sum(merged.nats(rival.encode(word).tokens) * count for word, count in fresh.items())
