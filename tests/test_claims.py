@@ -87,29 +87,19 @@ def test_what_was_finished_is_not_run_again(three, tmp_path, monkeypatch):
     assert "Not run when this was written: some claim." in text
 
 
-def test_a_record_is_out_of_date_when_code_that_its_claim_reaches_has_changed(monkeypatch, tmp_path):
+def test_a_record_is_out_of_date_when_code_that_its_claim_reaches_has_changed(tmp_path):
     lorc, qmoe = (next(one for one in claims() if one.row == row) for row in (118, 36))
-    reached = {}
-    for one in (lorc, qmoe):
-        read, files = sources._read.__wrapped__, []
-        monkeypatch.setattr(sources, "_read", lambda file, read=read, files=files: files.append(file) or read(file))
-        reached[one.row] = (sources.digest(one), set(files))
-        monkeypatch.undo()
-    assert {file.name for file in reached[118][1]} >= {
-        "r118_lorc.py",
-        "lorc.py",
-        "low_rank.py",
-        "assets.py",
-        "runner.py",
-    }
-    assert not {file.name for file in reached[118][1]} & {"qmoe.py", "continual.py", "test_claims.py"}
-    assert "qmoe.py" in {file.name for file in reached[36][1]}
-    assert reached[118][0] != reached[36][0]
+    reached = {file.name for file in sources._reached(sources._HOME / "claims/quantize/r118_lorc.py")}
+    assert reached >= {"r118_lorc.py", "lorc.py", "low_rank.py", "assets.py", "claim.py", "loading.py"}
+    # what packages hand on and the claim takes no part of, those that run it, and the words of rows
+    assert not reached & {"qmoe.py", "structured.py", "runner.py", "rows.py", "test_claims.py"}
+    assert "qmoe.py" in {file.name for file in sources._reached(sources._HOME / "claims/quantize/r036_qmoe.py")}
+    assert sources.digest(lorc) != sources.digest(qmoe)
     file = tmp_path / "new.py"
     digests = []
     for text in ('"""Words."""\nx = 1\n', '"""Other words."""\nx = 1  # said\n', '"""Words."""\nx = 2\n'):
         file.write_text(text)
-        digests.append(sources._read.__wrapped__(file)[0])
+        digests.append(sources._read.__wrapped__(file).digest)
     assert digests[0] == digests[1] != digests[2]
 
 

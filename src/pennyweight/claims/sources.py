@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -12,30 +13,37 @@ import pennyweight
 from pennyweight.claims.claim import Claim
 
 _HOME = Path(pennyweight.__file__).parent
-#: What is read as data or compiled, wherever it lies; rows.json holds words alone.
+#: Words alone, with rows.json.
+_ROWS = _HOME / "rows.py"
+#: What is read as data or compiled, wherever it lies.
 _TABLES = sorted(
     file for end in ("c", "h", "csv", "json") for file in _HOME.rglob(f"*.{end}") if file.name != "rows.json"
 )
 
 
 def digest(one: Claim) -> str:
-    """16 hexadecimal digits of the module of ``one``, the modules it imports, theirs in turn, and every table.
+    """16 hexadecimal digits of the module of ``one``, the modules that it and they import names from, and every table.
 
-    Docstrings and comments do not count. Imports inside functions and behind ``TYPE_CHECKING`` do: packages that look
-    names up on first use state them there. Levers that a claim looked up by their names would be missed; claims import
-    them.
+    Docstrings and comments do not count. Imports inside functions do, and those behind ``TYPE_CHECKING``. A name taken
+    from a package counts as the module that defines it; what else the package hands on does not. Levers that a claim
+    looked up by their names would be missed; claims import them.
     """
     file = sys.modules[one.check.__module__].__file__
     assert file is not None, one.name
-    found, waiting = set[Path](), [Path(file)]
+    digest = hashlib.sha256(_tables())
+    for reached in _reached(Path(file)):
+        digest.update(_read(reached).digest)
+    return digest.hexdigest()[:16]
+
+
+def _reached(file: Path) -> list[Path]:
+    found, waiting = set[Path](), [file]
     while waiting:
         if (reached := waiting.pop()) not in found:
             found.add(reached)
-            waiting += _read(reached)[1]
-    digest = hashlib.sha256(_tables())
-    for reached in sorted(found):
-        digest.update(_read(reached)[0])
-    return digest.hexdigest()[:16]
+            homes = (_home(module, name) for module, name in _read(reached).needs)
+            waiting += [home for home in homes if home not in (None, _ROWS)]
+    return sorted(found)
 
 
 @cache
@@ -43,20 +51,43 @@ def _tables() -> bytes:
     return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in _TABLES)
 
 
+@dataclass(frozen=True)
+class _Module:
+    digest: bytes
+    #: What it imports, (module, name), by what it is called there; no name where that is a module.
+    imports: dict[str, tuple[str, str]]
+    #: (module, name) of what its own code takes from elsewhere.
+    needs: frozenset[tuple[str, str]]
+
+
 @cache
-def _read(file: Path) -> tuple[bytes, frozenset[Path]]:
-    """The digest of a file's code, and the files of this package that it imports."""
+def _read(file: Path) -> _Module:
     tree = ast.parse(file.read_bytes())
-    names = set[str]()
+    imports: dict[str, tuple[str, str]] = {}
+    used, attributes = set[str](), set[tuple[str, str]]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            imports |= {alias.asname or alias.name: (alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+            imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            attributes.add((node.value.id, node.attr))
+        elif isinstance(node, ast.Name):
+            used.add(node.id)
         elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    code = hashlib.sha256(f"{file.name}\n{ast.dump(tree)}".encode()).digest()
-    return code, frozenset(found for name in names if (found := _file(name)) is not None)
+    needs = {where for name, where in imports.items() if name in used}
+    needs |= {(".".join(filter(None, imports[name])), part) for name, part in attributes if name in imports}
+    return _Module(hashlib.sha256(f"{file.name}\n{ast.dump(tree)}".encode()).digest(), imports, frozenset(needs))
+
+
+@cache
+def _home(module: str, name: str) -> Path | None:
+    """The file of this package in which ``name`` of ``module`` is defined; None for another package's."""
+    file = _file(f"{module}.{name}") or _file(module)
+    if file is not None and file.name == "__init__.py" and (where := _read(file).imports.get(name)) is not None:
+        return _home(*where)
+    return file
 
 
 @cache
