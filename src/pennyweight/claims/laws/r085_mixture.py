@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,15 +21,35 @@ _WIDTHS, _RATIOS, _HELD, _EVERY, _BATCH = (24, 40), (0.0, 0.1, 0.25, 0.75, 1.0),
 _PRETRAINED, _DROP = 500, 0.03
 
 
-def _windows(name: str) -> tuple[Tensor, Tensor]:
-    train = byte_windows(name, part="calibration", length=tiny.LENGTH)
-    held = byte_windows(name, part="heldout", length=tiny.LENGTH, count=300)
+def windows(source: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Of a text's bytes: to train on, and 300 to judge by."""
+    train = byte_windows(source, part="calibration", length=tiny.LENGTH)
+    held = byte_windows(source, part="heldout", length=tiny.LENGTH, count=300)
     return train.clamp_(max=tiny.VOCABULARY - 1), held.clamp_(max=tiny.VOCABULARY - 1)
 
 
-def _run(
-    start: nn.Module, ratio: float, wiki: Tensor, code: Tensor, judge: dict[str, Tensor]
+def pretrained(width: int, text: Tensor) -> nn.Module:
+    """A GPT that has read the general text."""
+    module = tiny.gpt(width=width)
+    Trainer(
+        module, torch.optim.AdamW(module.parameters(), weight_decay=0.0), Samples(text, seed=0), batch=_BATCH,
+        schedule=constant(20, peak=3e-3), clip=1.0,
+    ).run(_PRETRAINED)  # fmt: skip
+    return module
+
+
+def continued(
+    start: nn.Module,
+    ratio: float,
+    wiki: Tensor,
+    code: Tensor,
+    judge: Mapping[str, Tensor],
+    stops: Sequence[int] = (_EVERY, 2 * _EVERY, 4 * _EVERY),
 ) -> list[dict[str, float]]:
+    """A row at each of the ``stops``, in steps, of a copy of ``start`` trained on a share of ``code``.
+
+    N and D are in thousands; losses have the names of ``judge``.
+    """
     module = copy.deepcopy(start)
     general, domain = Samples(wiki, seed=1), Samples(code, seed=1)
     stream = general if ratio == 0 else domain if ratio == 1 else TwoStage(general, domain, switch=0, share=ratio)
@@ -38,7 +59,7 @@ def _run(
     )  # fmt: skip
     size = sum(p.numel() for name, p in module.named_parameters() if "embed" not in name and "head" not in name)
     rows = []
-    for stop in (_EVERY, 2 * _EVERY, 4 * _EVERY):
+    for stop in stops:
         trainer.run(stop)
         found = {name: float(token_losses(module, ids, batch=150).mean()) for name, ids in judge.items()}
         rows.append({"N": size / 1e3, "D": stop * _BATCH * 32 / 1e3, "r": ratio, **found})
@@ -49,20 +70,15 @@ def _run(
 @tiny.one_thread()
 def mixture_law_predicts_an_unseen_ratio(assets: Assets) -> Outcome:
     """Byte GPTs of Wikipedia, continued on source code: 2 sizes, 5 ratios, 3 lengths; a sixth ratio is held out."""
-    (wiki, wiki_held), (code, code_held) = _windows("wiki"), _windows("stdlib-code")
+    (wiki, wiki_held), (code, code_held) = windows("wiki"), windows("stdlib-code")
     judge = {"general_loss": wiki_held, "domain_loss": code_held}
     rows, held = [], []
     bases = {}
     for width in _WIDTHS:
-        module = tiny.gpt(width=width)
-        Trainer(
-            module, torch.optim.AdamW(module.parameters(), weight_decay=0.0), Samples(wiki, seed=0), batch=_BATCH,
-            schedule=constant(20, peak=3e-3), clip=1.0,
-        ).run(_PRETRAINED)  # fmt: skip
-        bases[width] = module
+        bases[width] = module = pretrained(width, wiki)
         for ratio in _RATIOS:
-            rows += _run(module, ratio, wiki, code, judge)
-        held += _run(module, _HELD, wiki, code, judge)
+            rows += continued(module, ratio, wiki, code, judge)
+        held += continued(module, _HELD, wiki, code, judge)
     law = laws.dcpt.fit(rows)
     truth = np.array([[row["domain_loss"], row["general_loss"]] for row in held])
     at = [(row["N"], row["D"], row["r"]) for row in held]
@@ -76,7 +92,7 @@ def mixture_law_predicts_an_unseen_ratio(assets: Assets) -> Outcome:
     r_squared = float(1 - ((mine - truth) ** 2).sum() / spread)
     n, d = held[-1]["N"], held[-1]["D"]
     wanted = law.optimal_ratio(n, D=d, general_drop=_DROP)
-    fresh = _run(bases[_WIDTHS[-1]], round(wanted.ratio, 3), wiki, code, judge)[-1]
+    fresh = continued(bases[_WIDTHS[-1]], round(wanted.ratio, 3), wiki, code, judge)[-1]
     base = next(row["general_loss"] for row in rows if (row["N"], row["D"], row["r"]) == (n, d, 0.0))
     kept = fresh["general_loss"] / base - 1
     return Outcome(
