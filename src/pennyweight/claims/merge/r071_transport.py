@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from pennyweight.claims import Outcome, claim
 from pennyweight.claims.assets import Assets
 from pennyweight.claims.experts import losses, parameters, trained, windows
 from pennyweight.claims.tiny import gpt, one_thread
+from pennyweight.evaluate.perplexity import token_losses
 from pennyweight.merge.transport import fuse
 from pennyweight.zoo.gpt import GPT
 
@@ -92,4 +94,70 @@ def matched_models_of_different_seeds_average_better_than_unmatched_ones(assets:
             f"the first carried over: {carried:.4f}, the second {alone[1]:.4f}; softly: {found['softly matched']:.3f}; "
             "after 60 steps: " + ", ".join(f"{name} {value:.3f}" for name, value in tuned.items())
         ),
+    )
+
+
+@cache
+def _widths() -> tuple[dict[str, float], dict[str, float]]:
+    """Held-out nats a byte of a narrow GPT, a wide one, and what becomes of both; as they are, and tuned alike."""
+    with one_thread():
+        narrow, _ = trained(gpt(width=64, seed=0), "wiki", steps=400, peak=3e-3)
+        wide, _ = trained(gpt(width=128, num_heads=4, seed=1), "wiki", steps=400, peak=3e-3, seed=1)
+        seen, held = windows("wiki", "calibration", 4096)[:32], windows("wiki", "heldout", 192)
+        # the first channels, heads and neurons, in the places they happen to have
+        cut, big = copy.deepcopy(narrow), dict(wide.named_parameters())
+        with torch.no_grad():
+            for name, parameter in cut.named_parameters():
+                parameter.copy_(big[name][tuple(slice(size) for size in parameter.shape)])
+        made = {
+            "narrow": narrow,
+            "wide": wide,
+            "matched": fuse(wide, narrow, seen),
+            "softly matched": fuse(wide, narrow, seen, solver="sinkhorn"),
+            "unmatched": _average(cut, narrow),
+            "the wide one carried over": fuse(wide, narrow, seen, alpha=0.0),
+            "its first half": cut,
+            "matched, into the wide": fuse(narrow, wide, seen),
+        }
+        found, tuned = {}, {}
+        for name, one in made.items():
+            assert isinstance(one, GPT)
+            found[name] = float(token_losses(one, held, batch=96).mean())
+            after, _ = trained(one, "wiki", steps=60, peak=1e-3, seed=5)
+            tuned[name] = float(token_losses(after, held, batch=96).mean())
+    return found, tuned
+
+
+def _said(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+
+
+@claim(row=71, pace="slow", headline=_HEADLINE)
+def models_of_different_widths_average_better_matched(assets: Assets) -> Outcome:
+    """A GPT of width 128 and one of 64, into the narrow one; unmatched: the first half of all that the wide one has."""
+    found, tuned = _widths()
+    return Outcome(
+        method=found["matched"],
+        baseline=found["unmatched"],
+        unit="held-out nats a byte, untuned",
+        holds=found["matched"] < found["unmatched"] - 0.05
+        and tuned["matched"] < tuned["unmatched"]
+        # the narrow one alone would pass for a fusion of both
+        and tuned["the wide one carried over"] < tuned["its first half"] - 0.01,
+        control=("the narrow parent", found["narrow"]),
+        notes=f"untuned: {_said(found)}; after 60 steps: {_said(tuned)}",
+    )
+
+
+@claim(row=71, pace="slow", headline=_HEADLINE)
+def a_wide_model_lends_to_a_narrow_one(assets: Assets) -> Outcome:
+    """The same, tuned for 60 steps, against the narrow parent tuned alike; the plain average does not exist."""
+    tuned = _widths()[1]
+    return Outcome(
+        method=tuned["matched"],
+        baseline=tuned["narrow"],
+        unit="held-out nats a byte after 60 steps",
+        holds=tuned["matched"] < tuned["narrow"],
+        control=("the average with the wide one's first half, tuned alike", tuned["unmatched"]),
+        notes=f"into the wide one {tuned['matched, into the wide']:.3f}, where the wide parent has {tuned['wide']:.3f}",
     )
