@@ -79,13 +79,15 @@ def _sections(plan: TrainingPlan) -> Iterator[str]:
         "at less cost.",
         trade_off(plan),
     )
-    cells = [[escape(cell) for cell in costs(one)] for one in plan.alternatives]
+    cells = [[_lines(cell) for cell in costs(one)] for one in plan.alternatives]
     used = [at for at in range(1, len(HEADS) - 1) if any(row[at] for row in cells)]
     shown = [[row[0] + small(row[-1]), *(row[at] for at in used)] for row in cells]  # the remark below the name
+    heads = [HEADS[0], *(HEADS[at] for at in used)]
     yield section(
         "Alternatives",
         "Every way to spend the budget that was priced, with what keeps it from fitting.",
-        f'<div class="scroll">{table("Alternatives", [HEADS[0], *(HEADS[at] for at in used)], shown)}</div>',
+        f'<div class="scroll">{table("Alternatives", heads, shown, css="alternatives")}</div>',
+        wide=True,
     )
     shape = plan.shape
     settings = [
@@ -98,6 +100,12 @@ def _sections(plan: TrainingPlan) -> Iterator[str]:
     ]
     rows_ = [(escape(name), escape(value)) for name, value in settings]
     yield section("Settings", f"Schedule: {escape(plan.schedule)}.", table("Settings", ("setting", "value"), rows_))
+
+
+def _lines(cell: str) -> str:
+    """A figure, and its interval below it."""
+    figure, bracket, span = cell.partition(" [")
+    return escape(figure) + small(escape(f"{bracket}{span}".strip()))
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,13 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, 
     )
 
 
-def section(name: str, about: str, matter: str) -> str:
-    """A part of a page: its name and a line about it in the margin, the matter beside them; all HTML already."""
-    return f'<section><h2>{name}</h2><p class="about">{about}</p><div class="matter">{matter}</div></section>\n'
+def section(name: str, about: str, matter: str, *, wide: bool = False) -> str:
+    """A part of a page: its name and a line about it in the margin, the matter beside them; all HTML already.
+
+    Where it is ``wide``, the matter is below them.
+    """
+    css = ' class="wide"' if wide else ""
+    return f'<section{css}><h2>{name}</h2><p class="about">{about}</p><div class="matter">{matter}</div></section>\n'
 
 
 def small(text: str) -> str:
