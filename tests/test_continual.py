@@ -131,6 +131,24 @@ def test_branches_wait_for_each_other():
         Parallel(continual(slow), continual(quick))
 
 
+def test_a_layer_may_stand_in_two_places_and_a_stream_in_one():
+    conv = nn.Conv1d(3, 3, 3, padding=1)
+    stepwise = continual(nn.Sequential(conv, nn.ReLU(), conv))
+    x = torch.randn(2, 3, 12)
+    wanted = conv(conv(x).relu())
+    stepwise.forward_steps(x[:, :, :5])
+    stepwise.clear()
+    assert off(stepwise.forward_steps(x, end=True), wanted) < SMALL
+    for batch in (1, 4):  # another number of streams after the end of the last
+        more = torch.randn(batch, 3, 9)
+        assert off(stepwise.forward_steps(more, end=True), stepwise(more)) < SMALL
+    once = Residual(continual(conv))
+    with pytest.raises(ModelError, match="one and the same part stands in two places"):
+        continual(nn.Sequential(once, once))
+    with pytest.raises(ModelError, match="one and the same part stands in two places"):
+        Parallel(once, once)
+
+
 def test_a_head_gives_at_every_step_what_the_network_gives_on_the_clip_that_ends_there():
     module = nn.Sequential(
         nn.Conv3d(1, 4, (3, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(4), nn.ReLU(), nn.AdaptiveAvgPool3d(1),

@@ -21,10 +21,25 @@ from pennyweight.weights import CompactConv1d, CompactConv2d, CompactLinear
 from pennyweight.zoo.continual import Convolution, EachStep, Mean, Pointwise, Pool, Stepwise
 
 
+def _check_apart(parts: Sequence[nn.Module]) -> None:
+    """Refuse a part that stands in two places: what it has seen is held once."""
+    held = [one for part in parts for one in part.modules() if isinstance(one, Stepwise)]
+    if len({id(one) for one in held}) < len(held):
+        raise ModelError(
+            "continual: one and the same part stands in two places, and holds what it has seen for one of them; give "
+            "each place a part of its own around the same weights"
+        )
+
+
 class Sequential(Stepwise):
-    """One after the other."""
+    """One after the other.
+
+    Raises:
+        ModelError: a part that stands there twice.
+    """
 
     def __init__(self, *parts: Stepwise) -> None:
+        _check_apart(parts)
         reach, padding, stride = 1, 0, 1
         for part in parts:
             reach += (part.receptive_field - 1) * stride
@@ -62,10 +77,12 @@ class Parallel(Stepwise):
         how: "sum", or "concatenate".
 
     Raises:
+        ModelError: a branch that stands there twice.
         OptionError: branches that shorten a clip by different numbers of steps, or stride differently.
     """
 
     def __init__(self, *branches: Stepwise, how: Literal["sum", "concatenate"] = "sum") -> None:
+        _check_apart(branches)
         short = {(b.receptive_field - 1 - 2 * b.padding, b.stride) for b in branches}
         if len(short) != 1:
             raise OptionError(
