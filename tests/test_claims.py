@@ -87,6 +87,23 @@ def test_what_was_finished_is_not_run_again(three, tmp_path, monkeypatch):
     assert "Not run when this was written: some claim." in text
 
 
+def test_the_page_is_written_of_records_without_a_run(three, tmp_path, monkeypatch, capsys):
+    keep, out = tmp_path / "kept.jsonl", tmp_path / "claims.md"
+    list(run([118], keep=keep))
+    monkeypatch.setattr(runner_module, "digest", lambda one: "of other code")
+    list(run([196], keep=keep))
+    monkeypatch.setattr(runner_module, "run_one", None)
+    assert main(["claims", "page", str(out), "--keep", str(keep)]) == 0
+    assert "1 claims as they are" in capsys.readouterr().out
+    text = out.read_text()
+    assert "1 of 2 claims hold" in text
+    assert "rounding is free †" in text
+    assert "sparse beats small |" in text
+    assert "Not run when this was written: something breaks." in text
+    assert main(["claims", "page", str(out), "--keep", str(tmp_path / "none")]) == 2
+    assert "there is no file" in capsys.readouterr().err
+
+
 def test_a_record_is_out_of_date_when_code_that_its_claim_reaches_has_changed(tmp_path):
     lorc, qmoe = (next(one for one in claims() if one.row == row) for row in (118, 36))
     reached = {file.name for file in sources._reached(sources._HOME / "claims/quantize/r118_lorc.py")}

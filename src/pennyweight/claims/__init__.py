@@ -12,11 +12,18 @@ from pennyweight.claims.claim import Claim, Outcome, claim, claims
 
 if TYPE_CHECKING:
     from pennyweight.claims.assets import Assets
-    from pennyweight.claims.runner import Record, earlier, page, run
+    from pennyweight.claims.runner import Record, current, earlier, page, run
 
-_WHERE = {"Assets": "assets", "Record": "runner", "earlier": "runner", "page": "runner", "run": "runner"}
+_WHERE = {
+    "Assets": "assets",
+    "Record": "runner",
+    "current": "runner",
+    "earlier": "runner",
+    "page": "runner",
+    "run": "runner",
+}
 
-__all__ = ["Assets", "Claim", "Outcome", "Record", "claim", "claims", "earlier", "page", "run"]
+__all__ = ["Assets", "Claim", "Outcome", "Record", "claim", "claims", "current", "earlier", "page", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -84,7 +84,7 @@ def run(
 
 
 def _run(chosen: list[Claim], assets: Assets, keep: Path | None) -> Iterator[Record]:
-    known = {} if keep is None else _kept(keep)
+    known = {} if keep is None else current(keep)
     yield from (known[one.name] for one in chosen if one.name in known)
     for one in chosen:
         if one.name in known:
@@ -97,14 +97,13 @@ def _run(chosen: list[Claim], assets: Assets, keep: Path | None) -> Iterator[Rec
         yield record
 
 
-def _kept(keep: Path, *, current: bool = True) -> dict[str, Record]:
-    """The last record of each claim that did not break: of its code as it is, or of what that was before."""
+def _kept(keep: Path, *, changed: bool) -> dict[str, Record]:
     found, here = {}, {one.name: digest(one) for one in claims()}
     for number, line in enumerate(keep.read_text(encoding="utf-8").splitlines() if keep.exists() else (), 1):
         try:
             entry = json.loads(line)
             record = Record(**entry["record"])
-            if (entry["sources"] == here.get(record.name)) is current and record.name in here and not record.error:
+            if record.name in here and (entry["sources"] != here[record.name]) is changed and not record.error:
                 pairs = (tuple(pair) if (pair := getattr(record, name)) else None for name in ("control", "interval"))
                 control, interval = pairs
                 found[record.name] = dataclasses.replace(record, control=control, interval=interval)
@@ -113,13 +112,22 @@ def _kept(keep: Path, *, current: bool = True) -> dict[str, Record]:
     return found
 
 
-def earlier(keep: Path) -> dict[str, Record]:
-    """By name, the last record in ``keep`` of each claim that an earlier state of its code gave.
+def current(keep: Path) -> dict[str, Record]:
+    """By name, the last record in ``keep`` of each claim, unbroken, and of its code as it is.
 
     Raises:
         DataError: ``keep`` holds something else.
     """
-    return _kept(keep, current=False)
+    return _kept(keep, changed=False)
+
+
+def earlier(keep: Path) -> dict[str, Record]:
+    """By name, the last record in ``keep`` of each claim, unbroken, that an earlier state of its code gave.
+
+    Raises:
+        DataError: ``keep`` holds something else.
+    """
+    return _kept(keep, changed=True)
 
 
 def run_one(one: Claim, assets: Assets) -> Record:

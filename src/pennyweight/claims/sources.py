@@ -13,8 +13,8 @@ import pennyweight
 from pennyweight.claims.claim import Claim
 
 _HOME = Path(pennyweight.__file__).parent
-#: Words alone, with rows.json.
-_ROWS = _HOME / "rows.py"
+#: What lists rows and claims, and does nothing in one; with rows.json.
+_LISTS = (_HOME / "rows.py", _HOME / "claims/__init__.py")
 #: What is read as data or compiled, wherever it lies.
 _TABLES = sorted(
     file for end in ("c", "h", "csv", "json") for file in _HOME.rglob(f"*.{end}") if file.name != "rows.json"
@@ -42,7 +42,7 @@ def _reached(file: Path) -> list[Path]:
         if (reached := waiting.pop()) not in found:
             found.add(reached)
             homes = (_home(module, name) for module, name in _read(reached).needs)
-            waiting += [home for home in homes if home not in (None, _ROWS)]
+            waiting += [home for home in homes if home is not None and home not in _LISTS]
     return sorted(found)
 
 

@@ -12,6 +12,9 @@ import typer
 from pennyweight.errors import OptionError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from pennyweight.claims import Record
     from pennyweight.laws.law import Range
 
 claims = typer.Typer(help="Every row's claim, run here.", no_args_is_help=True)
@@ -68,29 +71,49 @@ def claims_run(
     """Run claims, a record each; exit code 1 when one does not hold."""
     import json as to_json
 
-    from pennyweight.claims import claims as all_claims
     from pennyweight.claims import earlier, run
-    from pennyweight.claims import page as page_of
 
     if page is not None and (rows is not None or not every):
         raise OptionError("claims run: the page is of a full run; give --all and no --rows with --page")
-    found, waiting = [], {one.name for one in all_claims()}
+    found: list[Record] = []
     before = {} if keep is None else earlier(keep)
     for record in run(_numbers(rows), slow=every, keep=keep):
         found.append(record)
-        waiting.discard(record.name)
         print(to_json.dumps(record.plain(), ensure_ascii=False) if json else record.line, flush=True)
         if page is not None:
-            import torch
-
-            from pennyweight.receipt import Machine
-            from pennyweight.safe_write import write_text
-
-            machine = Machine.here(threads=torch.get_num_threads())
-            where = f"{machine.processor}, {machine.threads} threads"
-            write_text(page, page_of(found, machine=where, waiting=waiting, before=before))
+            _write_page(page, found, before)
     if not all(record.holds for record in found):
         raise typer.Exit(1)
+
+
+@claims.command("page")
+def claims_page(
+    out: Annotated[Path, typer.Argument(metavar="FILE")],
+    keep: Annotated[Path, typer.Option(metavar="FILE", help="Records that `claims run` kept.")],
+) -> None:
+    """Write the page of the records there are, without running any; those of code that has changed since are marked."""
+    from pennyweight.claims import current, earlier
+
+    if not keep.is_file():
+        raise OptionError(f"claims page: there is no file {keep}; `claims run --keep` writes it")
+    found = current(keep)
+    _write_page(out, found.values(), earlier(keep))
+    print(f"{len(found)} claims as they are: {out}")
+
+
+def _write_page(out: Path, found: Iterable[Record], before: Mapping[str, Record]) -> None:
+    import torch
+
+    from pennyweight.claims import claims as all_claims
+    from pennyweight.claims import page
+    from pennyweight.receipt import Machine
+    from pennyweight.safe_write import write_text
+
+    found = list(found)
+    machine = Machine.here(threads=torch.get_num_threads())
+    waiting = {one.name for one in all_claims()} - {record.name for record in found}
+    where = f"{machine.processor}, {machine.threads} threads"
+    write_text(out, page(found, machine=where, waiting=waiting, before=before))
 
 
 def _numbers(text: str | None) -> list[int] | None:
