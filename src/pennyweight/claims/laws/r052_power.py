@@ -1,4 +1,4 @@
-"""Row 52, Power scheduler: one setting stays near the best of every batch and length; a fixed rate does so as well."""
+"""Row 52, Power scheduler: one setting for every batch and length, within 1 % of each one's best, is not found here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pennyweight.laws import bench
 _BATCHES, _TOKENS = (8, 32), (100_000, 400_000)
 _RATES = (1e-3, 3e-3, 9e-3, 27e-3)
 _AMPLITUDES = (0.06, 0.12, 0.24)
+_NEAR = 0.01  # what one Power setting should lose at most, and one fixed rate not
 _BASE = bench.Run(width=24, schedule="wsd", held_out=192)
 
 
@@ -18,7 +19,7 @@ def _steps(batch: int, tokens: int) -> int:
 
 @claim(row=52, pace="slow", headline="one set of hyperparameters for models of any length and batch (abstract)")
 def one_power_setting_stays_near_the_best(assets: Assets) -> Outcome:
-    """A byte GPT at two batches by two lengths; WSD at four rates, Power at three amplitudes; excess over each best."""
+    """A byte GPT, two batches by two lengths; WSD at four rates, Power at three amplitudes; excess over each best."""
     cells = [(batch, tokens) for batch in _BATCHES for tokens in _TOKENS]
 
     def losses(schedule: str, values: tuple[float, ...]) -> dict[tuple[int, int], dict[float, float]]:
@@ -45,7 +46,7 @@ def one_power_setting_stays_near_the_best(assets: Assets) -> Outcome:
         method=method,
         baseline=baseline,
         unit="relative excess loss over the best rate of each cell, worst of four cells",
-        holds=method < 0.05 and method < worst(stable, 3e-3),
+        holds=method < _NEAR <= baseline,
         control=("the usual middle rate of 3e-3 for every cell", worst(stable, 3e-3)),
         notes="best rates: " + ", ".join(f"batch {b}, {t:,} bytes: {rate:g}" for (b, t), rate in optimal.items())
         + "; amplitude and rate each the best of those tried for all four cells together",
