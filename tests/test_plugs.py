@@ -212,6 +212,32 @@ def test_runs_and_parts_go_together_and_overlap_is_refused(tmp_path):
     assert torch.equal(run(load(tmp_path / "saved").module, "llama"), wanted)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_students_of_a_model_with_a_cache_attend_to_their_own_keys(family):
+    depth = {"llama": {"num_hidden_layers": 5}, "gpt2": {"n_layer": 5}}[family]
+    module, found = build(family, **depth), inputs(family)
+    plugs = Plugs(module, [Interval(0, 2, 0.0), Interval(3, 4, 0.0)])
+    args, kwargs, _ = plugs._watched(found)[0]
+    alone = {**kwargs, **dict.fromkeys((name for name in kwargs if "past" in name or "cache" in name), None)}
+    with torch.no_grad():
+        assert torch.equal(_first(plugs.students[0](*args, **kwargs)), _first(plugs.students[0](*args, **alone)))
+    before = {name: value.clone() for name, value in plugs.students.named_parameters()}
+    plugs.train(lambda step: found, steps=1, rate=1e-2)
+    still = [name for name, value in plugs.students.named_parameters() if torch.equal(value, before[name])]
+    assert still == []  # keys and values learn, too
+    plugs.keep([0, 1], found)
+    ids = found["input_ids"][:1, :5]
+    with torch.no_grad():  # every block has a place of its own in the cache
+        whole = module(ids).logits
+        kept = module(ids[:, :3], use_cache=True).past_key_values
+        stepped = [module(ids[:, at : at + 1], past_key_values=kept).logits for at in (3, 4)]
+    torch.testing.assert_close(torch.cat(stepped, 1), whole[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def _first(found):
+    return found[0] if isinstance(found, tuple) else found
+
+
 def test_the_lever_takes_width_beside_depth():
     module, found = build("llama", num_hidden_layers=4), inputs("llama")
     model = of_module(module)

@@ -24,10 +24,11 @@ from torch.nn import functional
 
 from pennyweight.errors import OptionError
 from pennyweight.model import anatomy
-from pennyweight.model.resized import note, resized_of
+from pennyweight.model.resized import is_counter, note, resized_of
 from pennyweight.solvers.probes import Interval
 from pennyweight.solvers.projections import Projection
 from pennyweight.surgery import remove_blocks
+from pennyweight.surgery.settle import changed
 from pennyweight.surgery.trace import run
 
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -72,8 +73,9 @@ class Plugs:
         for at, path in enumerate(whole):
             if any(f"{path}.".startswith(f"{other}.") for other in (*whole[:at], *whole[at + 1 :])):
                 raise OptionError(f"plugs: {path} goes with another plug already; give parts that share nothing")
-        students: list[nn.Module] = [
-            copy.deepcopy(module.get_submodule(paths[(one.first + one.last) // 2])) for one in intervals
+        students = [
+            _numbered(copy.deepcopy(module.get_submodule(paths[(one.first + one.last) // 2])), module, paths[one.first])
+            for one in intervals
         ]
         students += [one.layer(next(module.get_submodule(one.path).parameters())) for one in projections]
         self.students = nn.ModuleList(students)
@@ -131,7 +133,8 @@ class Plugs:
 
                 stack.callback(first.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(last.register_forward_hook(after).remove)
-            run(self.module, inputs)
+            with changed(self.module, {"use_cache": False}):  # students would attend to what is kept of the teacher
+                run(self.module, inputs)
         return {index: (*given[index], behind[index]) for index in given}
 
     @contextmanager
@@ -166,6 +169,16 @@ class Plugs:
         if linear:
             note(self.module, replace(known, linear={**known.linear, **linear}))
         remove_blocks(self.module, gone, inputs)
+
+
+def _numbered(student: nn.Module, module: nn.Module, path: str) -> nn.Module:
+    """``student`` with the numbers that tell blocks apart (of a cache's layer) as the block at ``path`` has them."""
+    blocks, first = list(module.get_submodule(path.rpartition(".")[0]).children()), module.get_submodule(path)
+    for inner, part in student.named_modules():
+        for key, value in list(vars(part).items()):
+            if type(value) is int and is_counter(blocks, inner, key):
+                setattr(part, key, getattr(first.get_submodule(inner), key))
+    return student
 
 
 def _passed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
