@@ -189,6 +189,25 @@ def test_without_steps_it_is_the_prior_s_mask_on_weights_as_they_were(prior, lev
         assert torch.equal(model.module.get_submodule(found.path).weight.dense(), matrix * mask)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("prune.maskllm", {"prior": "sparsegpt"}),
+        ("prune.maskllm", {"prior": "wanda"}),
+        ("prune.ast", {"prior": "sparsegpt"}),
+        ("prune.ast", {"score": "wanda"}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_tables_are_pruned_by_what_prices_them(name, options, family):
+    """A recipe that selects nothing selects the embedding, too, which is given tokens and no inputs."""
+    model = of_module(build(family))
+    maps = model.anatomy.layers()
+    assert maps[0].kind == "embedding"
+    make(name, {**options, "steps": 0}).change(model, Work(model=model, windows=windows(), maps=maps))
+    assert all(isinstance(model.module.get_submodule(one.path).weight, NofM) for one in maps)
+
+
 def test_learning_changes_masks_and_no_weight():
     model, maps = changed("prune.maskllm", {"steps": 12, "batch": 4, "rate": 0.05, "dtype": "float32"})
     prior, _ = changed("prune.maskllm", {"steps": 0, "dtype": "float32"})

@@ -14,11 +14,13 @@ from pennyweight.errors import OptionError
 from pennyweight.model import anatomy
 from pennyweight.model.anatomy import Map
 from pennyweight.model.model import Model
+from pennyweight.plan.slots import slots_of
 from pennyweight.solvers.inputs import prunable
 from pennyweight.solvers.masks import Selection, check_width, sparse
 from pennyweight.statistics import Statistics
 from pennyweight.train.masked import Masks
 from pennyweight.weights import Dense, Sum, Weight
+from pennyweight.work import Work
 
 
 def students(model: Model, maps: Sequence[Map], pattern: str, where: str) -> dict[str, Dense]:
@@ -101,6 +103,17 @@ class Adaptive:
         if self.norms is not None:
             scores = [one * norm for one, norm in zip(scores, self.norms, strict=True)]
         return self.masks.choose(self.selection.kept(scores)) / sum(one.numel() for one in scores)
+
+
+def seen(model: Model, work: Work) -> Mapping[str, Statistics]:
+    """Second moments of the inputs of the maps of ``work``, by name; of a table, what prices it for plans.
+
+    Call it before any map is replaced.
+    """
+    if all(found.kind != "embedding" for found in work.maps):
+        return work.statistics({"second_moment"})
+    known = work.statistics({"second_moment", "gradient"})
+    return {slot.name: slot.statistics for slot in slots_of(model.anatomy, known)}
 
 
 def input_norms(known: Mapping[str, Statistics], maps: Sequence[Map], where: str) -> list[Tensor]:

@@ -31,7 +31,7 @@ from pennyweight.model import anatomy
 from pennyweight.model.model import Model
 from pennyweight.solvers.end_to_end import Group, train
 from pennyweight.solvers.masks import DTYPES, parse_pattern
-from pennyweight.solvers.sparse_training import Adaptive, beside, input_norms, packed, students
+from pennyweight.solvers.sparse_training import Adaptive, beside, input_norms, packed, seen, students
 from pennyweight.train.loop import Loss
 from pennyweight.train.masked import MaskedAdamW, Masks, Rule
 from pennyweight.weights import Kronecker, Sum, Weight
@@ -97,8 +97,7 @@ class AST:
         self._check_groups(work)
         windows = work.text(self.windows) if self.steps else None
         loss = self._loss(module) if self.steps else None
-        needs = {"second_moment"} if self.prior == "sparsegpt" or self.score == "wanda" else set()
-        known = work.statistics(needs) if needs else {}
+        known = seen(model, work) if self.prior == "sparsegpt" or self.score == "wanda" else {}
         norms = input_norms(known, work.maps, _NAME) if self.score == "wanda" else None
         denses = students(model, work.maps, self.pattern, _NAME)
         if self.prior == "sparsegpt":

@@ -26,7 +26,7 @@ from pennyweight.levers.prune.wanda import Wanda
 from pennyweight.model.model import Model
 from pennyweight.solvers.end_to_end import Group, loss_towards, train
 from pennyweight.solvers.masks import DTYPES, parse_pattern
-from pennyweight.solvers.sparse_training import packed, students
+from pennyweight.solvers.sparse_training import packed, seen, students
 from pennyweight.statistics import NO_STATISTICS, Statistics
 from pennyweight.train.loop import Loss
 from pennyweight.train.masked import gumbel_mask, patterns_of
@@ -160,8 +160,7 @@ class MaskLLM:
             ModelError: a loss that is not finite.
         """
         windows = work.text(self.windows) if self.steps else None
-        needs = {"sparsegpt", "wanda"} & {self.prior}
-        known = work.statistics({"second_moment"}) if needs else {}
+        known = seen(model, work) if self.prior in ("sparsegpt", "wanda") else {}
         denses = students(model, work.maps, self.pattern, _NAME)
         originals = {path: dense.matrix.detach().clone() for path, dense in denses.items()}
         priors = {one.path: self._prior(denses[one.path], known.get(one.name, NO_STATISTICS)) for one in work.maps}
