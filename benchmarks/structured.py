@@ -1,19 +1,23 @@
 """A fifth of SmolLM2's blocks gone for real: whole blocks, widths, or both; before and after recovery, with its speed.
 
     python -P benchmarks/structured.py [--rows NAME ...] [--steps 160] [--results FILE.jsonl]
+    python -P benchmarks/structured.py --speed --results FILE.jsonl
 
 Every row removes at least the parameters that the depth-only row removes, and recovers with as many steps on the same
 calibration text: towards the distributions of the original, all but the embedding trained. The learning rate is chosen
 on other calibration text, for the depth-only row, and is that of all. Judged on held-out text against the original.
-Time is that of the processor on one thread, the original and the shrunk model in turns: other work on the machine
-neither adds to it nor takes from it. Finished rows are read back from the results file.
+Time (--speed, for a machine that does nothing else) is that of the processor on one thread, the original and all shapes
+in turns; it knows no values, so blocks and units are then the first ones. Finished rows are read back from the results
+file.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,35 +30,64 @@ from pennyweight.claims.assets import Assets
 from pennyweight.evaluate.agreement import agreement
 from pennyweight.lever import make
 from pennyweight.measure import decoding
-from pennyweight.measure.latency import Comparison
+from pennyweight.measure.latency import Comparison, comparison, order
 from pennyweight.measure.stats import Interval, bootstrap, paired_ratio
 from pennyweight.model.model import Model
 from pennyweight.solvers.recovery import Divergence, head_of, recover, states_of
 from pennyweight.work import Work
 
-Steps = tuple[tuple[str, dict[str, Any]], ...]
+_BLOCKS, _UNITS = 30, 1536
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way to shrink: levers in order."""
+    """What is left: blocks, and hidden units in each; and what says which blocks go."""
 
-    title: str
-    steps: Steps
+    blocks: int = _BLOCKS
+    units: int = _UNITS
+    metric: str = "angular"
+
+    @property
+    def title(self) -> str:
+        blocks, units = f"{_BLOCKS - self.blocks} of {_BLOCKS} blocks", f"{self.units:,} of {_UNITS:,} units"
+        if self.units == _UNITS:
+            return f"depth only: {blocks}"
+        return f"width only: {units}" if self.blocks == _BLOCKS else f"both: {blocks}; {units}"
+
+    @property
+    def steps(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """Levers with their options, in order."""
+        depth = ("prune.depth", {"blocks": _BLOCKS - self.blocks, "metric": self.metric})
+        width = ("prune.width", {"kind": "ffn", "removed": 1 - self.units / _UNITS, "multiple_of": 16})
+        return tuple(one for one, asked in ((depth, self.blocks < _BLOCKS), (width, self.units < _UNITS)) if asked)
+
+    def sized(self, model: nn.Module) -> nn.Module:
+        """A copy of ``model`` of this shape, the first blocks and units kept: as fast as any other choice."""
+        module: Any = copy.deepcopy(model)
+        module.config.num_hidden_layers = self.blocks
+        module.model.layers = module.model.layers[: self.blocks]
+        for block in module.model.layers:
+            for layer in (block.mlp.gate_proj, block.mlp.up_proj):
+                layer.weight = nn.Parameter(layer.weight[: self.units].clone())
+            block.mlp.down_proj.weight = nn.Parameter(block.mlp.down_proj.weight[:, : self.units].clone())
+        made: nn.Module = module
+        return made
 
 
-def _ffn(width: int) -> tuple[str, dict[str, Any]]:
-    return "prune.width", {"kind": "ffn", "removed": 1 - width / 1536, "multiple_of": 16}
-
-
+#: Metrics as they diverge least on other calibration text, of runs alone (six blocks: both the same one).
 ROWS = {
-    "depth": Row("depth only: 6 of 30 blocks", (("prune.depth", {"blocks": 6}),)),
-    "width": Row("width: 1,120 of 1,536 hidden units", (_ffn(1120),)),
-    "mixed": Row("both: 3 blocks; 1,296 units", (("prune.depth", {"blocks": 3}), _ffn(1296))),
+    "depth": Row(blocks=24),
+    "width": Row(units=1120),
+    "mixed": Row(27, 1296),
+    "deeper": Row(25, 1440, "influence"),
+    "depth-fifth": Row(blocks=22),
+    "deeper-fifth": Row(24, 1392),
 }
+#: Each row, and the depth-only row of its size.
+_RIVAL = {key: "depth-fifth" if key.endswith("fifth") else "depth" for key in ROWS}
 _LENGTH, _SEEN, _CHOOSE, _JUDGED = 256, 16, 16, 16
 _RATES, _TRIAL = (1e-4, 3e-4, 1e-3), 24
-_PROMPT, _TOKENS, _REPEATS = 512, 8, 12
+_PROMPT, _TOKENS, _REPEATS = 512, 8, 8
 
 
 class Bench:
@@ -96,14 +129,23 @@ class Bench:
         each = {"same": found.same.float(), "kl": found.kl, **losses}
         return {name: value.mean(1).tolist() for name, value in each.items()}
 
-    def speed(self, module: nn.Module) -> dict[str, Any]:
-        """Ratios of time, in bfloat16 on one thread of the processor."""
-        before = self.asset.fresh().module.to(torch.bfloat16)
-        prompt = self.held.flatten()[:_PROMPT]
-        found = decoding.compare(
-            before, module.to(torch.bfloat16), prompt, tokens=_TOKENS, repeats=_REPEATS, clock=time.process_time
-        )
-        return {name: _times(one) for name, one in zip(("prefill", "decode"), found, strict=True)}
+
+def speeds() -> dict[str, Any]:
+    """By row: ratios of time to the original's, in bfloat16 on one thread of the processor."""
+    asset = Assets().load("smollm2-135m")
+    original = asset.model.module.to(torch.bfloat16)
+    prompt = asset.windows("wiki", part="heldout", length=_PROMPT, count=1, seed=1).flatten()
+    modules = [original, *(row.sized(original) for row in ROWS.values())]
+    seconds = np.zeros((_REPEATS + 1, len(modules), 2))
+    for turn, rounds in enumerate(seconds):
+        for at in order(len(modules), turn):
+            run = decoding.greedy(modules[at], prompt, tokens=_TOKENS, clock=time.process_time)
+            rounds[at] = run.prefill, run.decode
+    warm = seconds[1:]
+    return {
+        key: {what: _times(comparison(warm[:, [0, at], which])) for which, what in enumerate(("prefill", "decode"))}
+        for at, key in enumerate(ROWS, 1)
+    }
 
 
 def _times(found: Comparison) -> dict[str, float]:
@@ -125,15 +167,12 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     ]
     for key, row in ROWS.items():
         for when in ("before", "after"):
-            one, base = found.get(f"{key}-{when}"), found.get(f"depth-{when}")
+            one, base = found.get(f"{key}-{when}"), found.get(f"{_RIVAL[key]}-{when}")
             if one is None:
                 continue
-            speeds = [
-                f"{s['ratio']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" if when == "after" else ""
-                for s in (found.get(f"{key}-speed", {}).get(what) for what in ("prefill", "decode"))
-                if s is not None
-            ]
-            share = _kept(one, base) if base is not None and key != "depth" else None
+            timed = found.get("speed", {}).get(key) if when == "after" else None
+            speeds = [f"{s['ratio']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (timed or {}).values()]
+            share = _kept(one, base) if base is not None and key != _RIVAL[key] else None
             ratio = paired_ratio(one["before"], one["after"])
             after = f"{one['seconds'] / 60:.1f} min" if when == "after" else "no"
             cells = [
@@ -152,6 +191,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=160, help="of recovery, 512 tokens each")
     parser.add_argument("--results", type=Path, help="JSON lines of finished rows; read first, and added to")
+    parser.add_argument("--speed", action="store_true", help="time all rows, and do nothing else")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {}
@@ -169,11 +209,16 @@ def main() -> None:
             with asked.results.open("a") as file:
                 file.write(json.dumps(found[key]) + "\n")
 
-    wanted = [key for key in asked.rows if not {f"{key}-after", f"{key}-speed"} <= set(found)]
-    if not wanted:
-        print(page(found))
-        return
-    bench = Bench(asked.steps)
+    if asked.speed:
+        store("speed", speeds())
+    wanted = [] if asked.speed else [key for key in asked.rows if f"{key}-after" not in found]
+    if wanted:
+        _run(wanted, asked.steps, found, store)
+    print("\n" + page(found))
+
+
+def _run(wanted: Sequence[str], steps: int, found: dict[str, dict[str, Any]], store: Callable[..., None]) -> None:
+    bench = Bench(steps)
     if "rate" not in found:
         rate, tried = bench.rate()
         store("rate", {"rate": rate, "tried": {f"{key:g}": value for key, value in tried.items()}})
@@ -183,14 +228,10 @@ def main() -> None:
         size = {"params": params, "bytes": 2 * params}
         if f"{key}-before" not in found:
             store(f"{key}-before", {**size, **bench.judged(module)})
-        if f"{key}-after" not in found:
-            began = time.process_time()
-            recover(module, bench.text, bench.states, steps=asked.steps, rate=found["rate"]["rate"])
-            seconds = time.process_time() - began
-            store(f"{key}-after", {**size, **bench.judged(module), "seconds": seconds})
-        if f"{key}-speed" not in found:
-            store(f"{key}-speed", bench.speed(module))
-    print("\n" + page(found))
+        began = time.process_time()
+        recover(module, bench.text, bench.states, steps=steps, rate=found["rate"]["rate"])
+        seconds = time.process_time() - began
+        store(f"{key}-after", {**size, **bench.judged(module), "seconds": seconds})
 
 
 if __name__ == "__main__":
