@@ -220,8 +220,8 @@ def linear_layers_stand_for_the_feed_forwards_they_follow(assets: Assets) -> Out
             f"linear layers for {', '.join(f'{one.path} (alignment {one.alignment:.4f})' for one in sets[0])}; runs "
             f"{', '.join(f'{one.first}-{one.last}' for one in runs)} alone {runs_alone:.4f}, the whole model "
             f"{harm(teacher):.4f}; {len(choices)} choices of plugs up to {max(combinations):.4f}; the other "
-            f"{len(others)} pairs {min(others):.4f} to {max(others):.4f} ({len(among)} feed-forwards are too few to show "
-            f"that the choice matters); {teacher.config.width // 2} hidden units in place of each linear layer, as many "
-            f"parameters, {narrow:.4f}"
+            f"{len(others)} pairs {min(others):.4f} to {max(others):.4f} ({len(among)} feed-forwards are too few to "
+            f"show that the choice matters); {teacher.config.width // 2} hidden units in place of each linear layer, "
+            f"as many parameters, {narrow:.4f}"
         ),
     )
