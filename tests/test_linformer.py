@@ -58,6 +58,14 @@ def test_counts_are_those_of_a_counter():
     assert above["low_rank"] > above["linformer"]
 
 
+@pytest.mark.parametrize("width", [384, 768])
+def test_encoders_of_512_positions_are_too_short_for_mixtures(width):
+    # what the docstring of the lever says of encoders of BERT's kind: one mixture alone is not few enough
+    assert crossing(width=width, keys=1) >= 1154
+    found = flops(512, width=width, keys=1)
+    assert found["low_rank"] < found["linformer"]
+
+
 def test_the_fastest_way_is_chosen_by_the_clock(monkeypatch):
     monkeypatch.setattr(routes.latency, "in_turns", lambda calls, **options: [[call() is None for call in calls]])
     found = choose(12, width=16, num_heads=4, keys=4)

@@ -107,6 +107,11 @@ class Auto:
     Exact at no rank below the break-even one, except for matrices of that rank. Embedding and head are left. Where
     sequences are long, attention is what takes the time: with ``keys``, attention that can look at mixtures does so
     where that is measured to be faster; mixtures begin as means of neighbors, and have to be trained.
+
+    No encoder of `transformers` is `Mixable`. Those of BERT's kind read 512 positions, where factors are faster than
+    mixtures at any number of these (they cross from 1,154 positions on at width 384, see `routes.crossing`), so that
+    the clock would never choose mixtures. Those that read more look at few keys already (Longformer, BigBird), or turn
+    keys by their positions (ModernBERT), of which mixtures have none.
     """
 
     rank: float = option(0.5, at_least(0), "below 1: a share of the rank where factors save nothing; else the rank")
