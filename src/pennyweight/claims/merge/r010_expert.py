@@ -84,7 +84,7 @@ def learned_coefficients_merge_encoders_better_than_one_scale(assets: Assets) ->
         unit="share of four encoders' gains that their merge keeps",
         lower_is_better=False,
         holds=kept["expert merging"] > max(kept["task arithmetic"], kept["ties"]),
-        control=("TIES, best of three scales", kept["ties"]),
-        notes=f"in chunks: {found.of('expert merging ++', 4).held_in:.3f}; the single scale is the best of three, too, "
+        control=("TIES, better of two scales", kept["ties"]),
+        notes=f"in chunks: {found.of('expert merging ++', 4).held_in:.3f}; the single scale is the better of two, too, "
         "by what is judged",
     )

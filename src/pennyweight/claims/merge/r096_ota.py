@@ -145,5 +145,5 @@ def grafted_and_weighed_encoders_keep_more_than_averaged_ones(assets: Assets) ->
         lower_is_better=False,
         holds=kept["ota + ffg"] > kept["average"] + 0.01,
         control=("OTA of all edits", kept["ota"]),
-        notes=f"best of three scales: TIES {kept['ties']:.3f}, DARE-TIES {kept['dare-ties']:.3f}",
+        notes=f"better of two scales: TIES {kept['ties']:.3f}, DARE-TIES {kept['dare-ties']:.3f}",
     )
