@@ -74,20 +74,16 @@ class Row:
         return made
 
 
-#: Metrics as they diverge least on other calibration text, of runs alone (six blocks: both the same one).
+#: With five blocks the metric whose run diverges less on other calibration text (of three and six both take one run).
 ROWS = {
     "depth": Row(blocks=24),
     "width": Row(units=1120),
     "mixed": Row(27, 1296),
     "deeper": Row(25, 1440, "influence"),
-    "depth-fifth": Row(blocks=22),
-    "deeper-fifth": Row(24, 1392),
 }
-#: Each row, and the depth-only row of its size.
-_RIVAL = {key: "depth-fifth" if key.endswith("fifth") else "depth" for key in ROWS}
 _LENGTH, _SEEN, _CHOOSE, _JUDGED = 256, 16, 16, 16
 _RATES, _TRIAL = (1e-4, 3e-4, 1e-3), 24
-_PROMPT, _TOKENS, _REPEATS = 512, 8, 8
+_PROMPT, _TOKENS, _REPEATS = 512, 8, 7
 
 
 class Bench:
@@ -167,12 +163,12 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     ]
     for key, row in ROWS.items():
         for when in ("before", "after"):
-            one, base = found.get(f"{key}-{when}"), found.get(f"{_RIVAL[key]}-{when}")
+            one, base = found.get(f"{key}-{when}"), found.get(f"depth-{when}")
             if one is None:
                 continue
             timed = found.get("speed", {}).get(key) if when == "after" else None
             speeds = [f"{s['ratio']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (timed or {}).values()]
-            share = _kept(one, base) if base is not None and key != _RIVAL[key] else None
+            share = _kept(one, base) if base is not None and key != "depth" else None
             ratio = paired_ratio(one["before"], one["after"])
             after = f"{one['seconds'] / 60:.1f} min" if when == "after" else "no"
             cells = [
