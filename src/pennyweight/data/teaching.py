@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from pennyweight.elementwise import numbers
 from pennyweight.errors import BudgetError, DataError, OptionError
 
 Example = tuple[str, str]
@@ -80,6 +81,10 @@ def augment(
     if strategy not in ("answer", "rephrase", "new"):
         raise OptionError(f"augment: strategy = {strategy!r}; give answer, rephrase, new or auto")
     each = 1 if strategy == "answer" else 2
+    numbers("augment", budget=budget)
+    if int(budget) != budget:
+        raise OptionError(f"augment: budget = {budget!r}; give a whole number of queries")
+    budget = int(budget)
     if budget < each:
         raise BudgetError(f"augment: a budget of {budget} pays no {strategy} example, which takes {each} queries")
     rng = np.random.default_rng(seed)

@@ -180,7 +180,10 @@ class Projektor:
     best_score: float | None = 1.0
 
     def _checked(self, q: Any) -> Array:
-        ratios = np.asarray(q, dtype=float)
+        try:
+            ratios = np.asarray(q, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"projektor: {error}; give {self.sources} shares that sum to 1") from None
         if ratios.shape != (self.sources,) or (ratios < -1e-9).any() or abs(ratios.sum() - 1) > 1e-6:
             raise DataError(f"projektor: ratios {ratios.tolist()}; give {self.sources} shares that sum to 1")
         return ratios
@@ -275,6 +278,8 @@ def projektor(
     """
     sets = [(np.asarray(x, float), np.asarray(y)) for x, y in sources]
     judge = (np.asarray(valid[0], float), np.asarray(valid[1]))
+    if len(pilot_sizes) != 2:
+        raise DataError(f"projektor: pilot_sizes = {pilot_sizes!r}; give two rising numbers of points")
     low, high = pilot_sizes
     if len(sets) < 2 or not 2 <= low < high:
         raise DataError(f"projektor: {len(sets)} sources, pilots of {low} and {high}; give 2 sources and rising sizes")

@@ -186,7 +186,17 @@ class CrossDomain:
         return self.w1 / np.asarray(k1, float) + self.w2 * np.asarray(k2, float)
 
     def law_of(self, k1: float, k2: float) -> Law:
-        """The mixture law of one domain: its F/K^mu goes into E."""
+        """The mixture law of one domain: its F/K^mu goes into E.
+
+        Raises:
+            OptionError: a k1 that is not positive, or a domain that cannot be learned (K <= 0).
+        """
+        numbers_only("cross_domain", k1=k1, k2=k2)
+        if not (0 < k1 < np.inf and np.isfinite(k2) and self.learnability(k1, k2) > 0):
+            raise OptionError(
+                f"cross_domain: k1 = {k1!r}, k2 = {k2!r}; give a positive initial loss and an early rate of decrease "
+                "that leave K = w1/k1 + w2 k2 above 0"
+            )
         constants = dict(self.law.constants)
         constants["E"] += constants.pop("F") / float(self.learnability(k1, k2)) ** constants.pop("mu")
         return Law(find("dcpt"), constants, fit_range={k: v for k, v in self.law.fit_range.items() if k != "K"})
@@ -249,25 +259,30 @@ def _fit_cross(points: Mapping[str, Any], k1: Any, k2: Any, options: Mapping[str
     domains = np.unique(np.stack([k1, k2]), axis=1).shape[1]
     if domains < 4:
         raise DataError(f"dcpt.fit: {domains} domains (k1, k2); E, F, mu and w2 are told apart by at least 4")
-    quick = {**options, "bootstrap": 0, "holdout": False, "starts": 512, "survivors": 4}
+    quick = {"starts": 1024, "survivors": 8, **options, "bootstrap": 0, "holdout": False}
+    known: list[Law] = []
 
     def fitted(log_w2: float, how: Mapping[str, Any]) -> Law:
         return fitter.fit({**points, "K": 1 / k1 + np.exp(log_w2) * k2}, "dcpt_cross", **how)
 
-    def objective(log_w2: float) -> float:
-        report = fitted(log_w2, quick).report
-        assert report is not None
-        return report.objective
+    def objective(law: Law) -> float:
+        assert law.report is not None, "a fitted law has a report"
+        return law.report.objective
+
+    def warm(log_w2: float, how: Mapping[str, Any]) -> Law:
+        # from what was found at other weights: ten constants have many poor valleys, and the good one moves slowly
+        return fitted(log_w2, {**how, "starts": np.stack([law.parameters for law in known])})
 
     # K only matters up to scale, so w1 = 1 and one weight is left: a search in one dimension around equal shares
-    center = float(np.log(np.mean(1 / k1) / np.mean(k2)))
-    log_w2 = _minimum_coarse(objective, center)
-    law = fitted(log_w2, options)
+    grid = float(np.log(np.mean(1 / k1) / np.mean(k2))) + np.linspace(-4.0, 4.0, 9)
+    known += [fitted(float(at), quick) for at in grid]
+    values = [objective(warm(float(at), quick)) for at in grid]
+    best = int(np.argmin(values))
+    bounds = (grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)])
+    log_w2 = float(
+        minimize_scalar(
+            lambda at: objective(warm(at, quick)), bounds=bounds, method="bounded", options={"xatol": 1e-6}
+        ).x
+    )
+    law = warm(log_w2, options)
     return CrossDomain(replace(law, source=f"{law.source}, w2 = {np.exp(log_w2):.4g}"), 1.0, float(np.exp(log_w2)))
-
-
-def _minimum_coarse(function: Callable[[float], float], center: float) -> float:
-    grid = center + np.linspace(-4.0, 4.0, 9)
-    at = int(np.argmin([function(float(point)) for point in grid]))
-    bounds = (grid[max(at - 1, 0)], grid[min(at + 1, grid.size - 1)])
-    return float(minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-3, "maxiter": 16}).x)

@@ -216,7 +216,7 @@ def reference(family_runs: Any, scored: Any = None, *, D0: float = 1e12, **optio
 
 
 def _days(values: list[Any]) -> tuple[list[float], datetime.date | None]:
-    if all(isinstance(value, datetime.date) for value in values):
+    if values and all(isinstance(value, datetime.date) for value in values):
         start = min(values)
         return [float((value - start).days) for value in values], start
     return [float(value) for value in values], None
@@ -231,10 +231,13 @@ def trend(models: Iterable[Any]) -> Trend:
     Raises:
         DataError: fewer than two record holders on different days.
     """
-    rows = [(m["t"], m["density"]) if isinstance(m, Mapping) else (m[0], m[1]) for m in models]
-    days, start = _days([t for t, _ in rows])
+    try:
+        rows = [(m["t"], float(m["density"])) if isinstance(m, Mapping) else (m[0], float(m[1])) for m in models]
+        days, start = _days([t for t, _ in rows])
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise DataError(f"trend: {error}; give (t, density) pairs, t in days or dates") from None
     best, records = -math.inf, []
-    for t, rho in sorted(zip(days, (float(rho) for _, rho in rows), strict=True)):
+    for t, rho in sorted(zip(days, (rho for _, rho in rows), strict=True)):
         if not (rho > 0 and math.isfinite(rho)):
             raise DataError(f"trend: a density of {rho:g}; give positive finite ones (leave out bounds)")
         if rho > best:

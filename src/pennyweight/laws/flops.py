@@ -80,6 +80,7 @@ def mfu(
     context: int = 0,
 ) -> float:
     """Share of ``peak`` (FLOP/s of all chips) that useful FLOPs of the model make up; rematerialization not counted."""
+    _positive("tokens_per_second", tokens_per_second)
     useful = TRAINING * _positive("params", params) + attention(layers, heads, head_dim, context)
     return tokens_per_second * useful / _positive("peak", peak)
 
@@ -125,6 +126,8 @@ class TransformerConfig:
             _positive(name, getattr(self, name))
         if self.head_dim is None and self.d_model % self.heads:
             raise OptionError(f"transformer: {self.heads} heads do not divide d_model {self.d_model}; give head_dim")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise OptionError(f"transformer: {self.heads} heads do not share {self.kv_heads} of keys and values evenly")
         if self.active_experts > self.experts:
             raise OptionError(f"transformer: {self.active_experts} active experts of {self.experts}")
 

@@ -59,8 +59,8 @@ def flatness(
         OptionError: no parameter is meant, or fewer than 2 probes.
         DataError: a loss that is not finite.
     """
-    if samples < 2:
-        raise OptionError(f"flatness: samples = {samples}; a standard error needs 2 probes or more")
+    if samples < 2 or int(samples) != samples:
+        raise OptionError(f"flatness: samples = {samples}; a standard error needs 2 probes or more, a whole number")
     module, weights = _weights(model, params)
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -220,9 +220,13 @@ def by_flatness(
             value, trace = one
             losses[name] = float(value)
             traces[name] = trace if isinstance(trace, Flatness) else Flatness(float(trace), 0.0)
+    if lost := [name for name, value in losses.items() if not math.isfinite(value)]:
+        raise DataError(f"by_flatness: the loss of {', '.join(lost)} is not finite; leave them out")
     best = min(losses.values())
     near = tuple(name for name in named if losses[name] <= best + loss_tol)
     for name in near:
         if name not in traces:
             traces[name] = flatness(named[name], data, samples, params, loss=loss, seed=seed)
+    if lost := [name for name in near if not math.isfinite(traces[name].trace)]:
+        raise DataError(f"by_flatness: the trace of {', '.join(lost)} is not finite; leave them out")
     return Chosen(min(near, key=lambda name: traces[name].trace), near, losses, traces)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from pennyweight.elementwise import numbers
 from pennyweight.errors import OptionError
 
 
@@ -97,7 +98,7 @@ class AdamP(_Projected):
         wd_ratio: float = 0.1,
         nesterov: bool = False,
     ) -> None:
-        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise OptionError(f"AdamP: betas {betas}; give two numbers from 0 up to, not including, 1")
         _check("AdamP", lr=lr, eps=eps, weight_decay=weight_decay, delta=delta, wd_ratio=wd_ratio)
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "delta": delta}
@@ -231,7 +232,8 @@ def effective_step(model: nn.Module) -> EffectiveSteps:
     return EffectiveSteps(model)
 
 
-def _check(name: str, **numbers: float) -> None:
-    for option, value in numbers.items():
+def _check(name: str, **options: float) -> None:
+    numbers(name, **options)
+    for option, value in options.items():
         if not 0 <= value < math.inf:
             raise OptionError(f"{name}: {option} = {value}; give a finite number of 0 or more")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from pennyweight.elementwise import numbers
 from pennyweight.errors import ModelError, OptionError
 from pennyweight.laws.qat import qat_fraction
 from pennyweight.train.loop import Loss, Trainer
@@ -112,7 +113,11 @@ def qat(
         OptionError: options out of range.
         ModelError: no layer is meant.
     """
-    if not 1 <= bits <= 8 or steps < 2 or not (phases == "auto" or 0 <= float(phases) <= 1):
+    if phases != "auto":
+        numbers("qat", phases=phases)
+    if batch < 1:
+        raise OptionError(f"qat: batch = {batch}; give at least 1 sample a step")
+    if not 1 <= bits <= 8 or int(bits) != bits or steps < 2 or not (phases == "auto" or 0 <= float(phases) <= 1):
         raise OptionError(
             f"qat: bits = {bits}, steps = {steps}, phases = {phases!r}; give 1-8, 2 or more, 'auto' or 0-1"
         )
