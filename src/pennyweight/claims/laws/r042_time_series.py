@@ -10,13 +10,14 @@ from pennyweight import laws
 from pennyweight.claims import Outcome, claim, tiny
 from pennyweight.claims.assets import Assets
 
-_CONTEXT, _PATCH, _STEPS, _BATCH = 48, 8, 500, 64
+CONTEXT, PATCH = 48, 8
+_STEPS, _BATCH = 500, 64
 _WIDTHS, _SEEDS = (2, 4, 8, 16, 32, 64), (0, 1)
 
 
-def _series(count: int, g: torch.Generator, *, outside: bool) -> Tensor:
+def series_of(count: int, g: torch.Generator, *, outside: bool) -> Tensor:
     """(count, T) standardized series: seasons and an autoregression; outside, other seasons, jumps and a trend."""
-    t = torch.arange(_CONTEXT + _PATCH, dtype=torch.float32)
+    t = torch.arange(CONTEXT + PATCH, dtype=torch.float32)
     period = (4 + 16 * torch.rand(count, 2, generator=g)) * (1.6 if outside else 1.0)
     phase = 6.28 * torch.rand(count, 2, generator=g)
     seasons = torch.sin(6.2832 * t / period[..., None] + phase[..., None]).sum(1)
@@ -25,9 +26,9 @@ def _series(count: int, g: torch.Generator, *, outside: bool) -> Tensor:
         noise[:, at] += 0.7 * noise[:, at - 1]
     found = seasons + noise
     if outside:
-        jump = torch.randint(8, _CONTEXT, (count, 1), generator=g)
+        jump = torch.randint(8, CONTEXT, (count, 1), generator=g)
         found = found + 1.0 * (t >= jump) + 0.02 * t
-    past = found[:, :_CONTEXT]
+    past = found[:, :CONTEXT]
     return (found - past.mean(1, keepdim=True)) / past.std(1, keepdim=True)
 
 
@@ -36,15 +37,15 @@ class _Forecaster(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(_CONTEXT, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
-        self.head = nn.Linear(width, 3 * _PATCH)
+        self.body = nn.Sequential(nn.Linear(CONTEXT, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.head = nn.Linear(width, 3 * PATCH)
 
     def loss(self, series: Tensor) -> Tensor:
         """Negative log likelihood of a value, plus log 10 so that it stays positive (the unit of a value is moved)."""
-        location, scale, freedom = self.head(self.body(series[:, :_CONTEXT])).chunk(3, -1)
+        location, scale, freedom = self.head(self.body(series[:, :CONTEXT])).chunk(3, -1)
         spread = nn.functional.softplus(scale) + 1e-3
         student = torch.distributions.StudentT(2 + nn.functional.softplus(freedom), location, spread)
-        found: Tensor = 2.302585 - student.log_prob(series[:, _CONTEXT:]).mean()  # type: ignore[no-untyped-call]
+        found: Tensor = 2.302585 - student.log_prob(series[:, CONTEXT:]).mean()  # type: ignore[no-untyped-call]
         return found
 
 
@@ -53,7 +54,7 @@ class _Forecaster(nn.Module):
 def likelihood_falls_with_size_inside_the_distribution(assets: Assets) -> Outcome:
     """Patch forecasters of six sizes, two seeds, on simulated series; judged on the same generator and on another."""
     judge = {
-        name: _series(2000, torch.Generator().manual_seed(10**6), outside=name == "outside")
+        name: series_of(2000, torch.Generator().manual_seed(10**6), outside=name == "outside")
         for name in ("inside", "outside")
     }
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in judge}
@@ -67,7 +68,7 @@ def likelihood_falls_with_size_inside_the_distribution(assets: Assets) -> Outcom
             g = torch.Generator().manual_seed(seed)
             for _ in range(_STEPS):
                 optimizer.zero_grad()
-                model.loss(_series(_BATCH, g, outside=False)).backward()  # type: ignore[no-untyped-call]
+                model.loss(series_of(_BATCH, g, outside=False)).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
             size = float(sum(p.numel() for p in model.parameters()))
