@@ -426,3 +426,121 @@ def test_ota_by_recipe_reads_its_moments(tmp_path):
 def test_ensembles_are_still_found_here():
     member = torch.nn.Linear(3, 3)
     assert len(ensemble([member, member]).members) == 2
+
+
+def test_tensors_without_elements_and_whole_numbers_of_the_base_alone_go_through():
+    base, models = family(2)
+    for one in (base, *models):
+        one["empty"] = torch.zeros(0, 3)
+    base["steps"] = torch.tensor([5])
+    moments = tuple(read_moments(one) for one in moments_of(models))
+    for formula in (Ties(density=0.5), OTA(density=0.5, moments=moments), Slerp(), Dare()):
+        found = merge_tensors(formula, models, base)
+        assert found["empty"].shape == (0, 3)
+        assert torch.equal(found["steps"], base["steps"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_a_result_that_its_dtype_cannot_hold_is_refused(dtype):
+    most = torch.finfo(dtype).max
+    models = [{"a": torch.tensor([1.0, most]).to(dtype)}] * 2
+    assert merge_tensors(Linear(), models)["a"].float()[1] == most
+    with pytest.raises(ModelError, match=f"a reaches .*, more than {str(dtype)[6:]} holds"):
+        merge_tensors(Linear(normalize=False), models)
+
+
+def test_whole_numbers_are_not_mixed_with_floats():
+    for one, two in (("float32", "int8"), ("int8", "float32")):
+        models = [{"a": torch.ones(2, dtype=getattr(torch, kind))} for kind in (one, two)]
+        with pytest.raises(ModelError, match=f"a is {one} in model 0 and {two} in model 1"):
+            merge_tensors(Linear(), models)
+
+
+def test_skip_leaves_out_what_only_one_of_the_models_has(tmp_path):
+    """A tied base has no head of its own, and an untied model has one."""
+    base, models = family(2)
+    models[1]["lm_head.weight"] = draw(3, 5, 4)
+    for name, tensors in (("base", base), ("a", models[0]), ("b", models[1])):
+        write(tmp_path / name, tensors)
+    text = "pennyweight: 1\nmerge: task_arithmetic\nbase: base\nmodels: [a, b]\n"
+    with pytest.raises(ModelError, match=r"lm_head.weight is missing in .* skip it"):
+        merge(MergeRecipe.parse(text, home=tmp_path), out=tmp_path / "out")
+    merge(MergeRecipe.parse(f"{text}skip: [lm_head.*]\n", home=tmp_path), out=tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == base.keys()
+
+
+@pytest.mark.parametrize(
+    ("merge", "said"),
+    [
+        ("task_arithmetic\noptions: {scale: big}", "merge task_arithmetic: scale = 'big' is a str; give float"),
+        ("ties\noptions: {scale: }", "merge ties: scale = None is a NoneType; give float"),
+        ("linear\noptions: {normalize: maybe}", "merge linear: normalize = 'maybe' is a str; give bool"),
+        ("dare\noptions: {seed: 1.5}", "merge dare: seed = 1.5 is a float; give int"),
+        ("expert\noptions: {epochs: 1.5}", "merge expert: epochs = 1.5 is a float; give int"),
+        ("expert\noptions: {texts: wiki}", "merge expert: texts = 'wiki' is a str; give tuple"),
+    ],
+)
+def test_options_of_another_type_are_refused_before_anything_is_read(merge, said):
+    with pytest.raises(RecipeError, match=said):
+        MergeRecipe.parse(f"pennyweight: 1\nmerge: {merge}\nmodels: [a]")
+
+
+def test_weights_that_cancel_but_for_rounding_are_refused():
+    _, models = family(3)
+    with pytest.raises(OptionError, match="sum to 0"):
+        merge_tensors(Linear(weights=(0.1, 0.2, -0.3)), models)
+    assert 0.1 + 0.2 - 0.3  # what a plain test for 0 would let through
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("weights.json", "{", "weights.json: damaged"),
+        ("weights.json", "[1]", "weights.json: damaged"),
+        ("config.json", "{", "config.json: damaged configuration"),
+        ("config.json", "[]", "config.json: damaged configuration"),
+    ],
+)
+def test_damaged_files_beside_the_weights_end_in_one_line(file, text, said, tmp_path, capsys):
+    _, models = family(1)
+    write(tmp_path / "a", models[0])
+    (tmp_path / "a" / file).write_text(text)
+    (tmp_path / "r.yaml").write_text("pennyweight: 1\nmerge: linear\nmodels: [a]\ndtype: float16")
+    assert main(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 2
+    found = capsys.readouterr().err
+    assert said in found
+    assert found.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_called_as_a_tokenizer_file_is_left(tmp_path):
+    _, models = family(1)
+    write(tmp_path / "a", models[0])
+    (tmp_path / "a" / "tokenizer").mkdir()
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    merge(MergeRecipe.parse("pennyweight: 1\nmerge: linear\nmodels: [a]", home=tmp_path), out=tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "tokenizer").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "said"),
+    [
+        ({"lora_A": (4, 17), "lora_B": (23, 3)}, {}, "fits no map"),
+        ({"lora_A": (17,), "lora_B": (23, 4)}, {}, "fits no map"),
+        ({"lora_B": (23, 4)}, {}, "is no LoRA factor"),
+        ({"lora_A": (4, 17), "lora_B": (23, 4)}, {"lora_alpha": None}, "cannot be read"),
+        ({"lora_A": (4, 17), "lora_B": (23, 4)}, [], "cannot be read"),
+    ],
+)
+def test_damaged_adapters_end_in_one_line(names, config, said, tmp_path):
+    base, _ = family(1)
+    write(tmp_path / "base", base)
+    (tmp_path / "ad").mkdir()
+    factors = {f"base_model.model.a.{name}.weight": draw(1, *shape) for name, shape in names.items()}
+    save_file(factors, tmp_path / "ad" / "adapter_model.safetensors")
+    whole = config if isinstance(config, list) else {"peft_type": "LORA", "lora_alpha": 8, **config}
+    (tmp_path / "ad" / "adapter_config.json").write_text(json.dumps(whole))
+    recipe = "pennyweight: 1\nmerge: linear\nmodels: [{model: base, adapter: ad}]"
+    with pytest.raises(ModelError, match=said):
+        merge(MergeRecipe.parse(recipe, home=tmp_path), out=tmp_path / "out")

@@ -99,11 +99,16 @@ def run(
         workers: threads; None for one a core that this process may use.
 
     Raises:
-        ModelError: NaN or infinite results, or a file that was cut.
+        ModelError: NaN or infinite results, in float32 or in their own dtype, or a file that was cut.
     """
     # the largest first, so that no worker is left alone with it in the end
-    names = iter(sorted(kinds, key=lambda name: (-prod(kinds[name][1]), name)))
+    names = iter(sorted((n for n in kinds if prod(kinds[n][1])), key=lambda name: (-prod(kinds[name][1]), name)))
     workers = workers or _cores()
+
+    def most(dtype: torch.dtype) -> float:
+        # what is less than half a step above the largest number is rounded to it; torch would cut the rest off in
+        # 8 bits, and make it infinite in 16
+        return torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4)
 
     def work() -> None:
         buffer = torch.empty(len(models) + 1, STRETCH)
@@ -113,8 +118,14 @@ def run(
             rule = formula.prepare(walked)
             for span in walked.spans():
                 found = rule(span)
-                if not torch.isfinite(found.abs().max()):
+                largest = found.abs().max()
+                if not torch.isfinite(largest):
                     raise ModelError(f"{formula.title}: {name} comes out with NaN or infinite elements; look at inputs")
+                if float(largest) > most(dtype):
+                    raise ModelError(
+                        f"{formula.title}: {name} reaches {float(largest):.4g}, more than {str(dtype)[6:]} holds; "
+                        "give smaller weights, or dtype: bfloat16"
+                    )
                 found = found.to(dtype)
                 write(name, span.start, found)
 
@@ -131,10 +142,10 @@ def run(
 def merge_tensors(
     formula: Formula, models: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Merge state dicts in memory: the tensors of the first model, merged, in its dtypes.
+    """Merge state dicts in memory: the tensors of the base, or else of the first model, merged, in their dtypes.
 
     Raises:
-        ModelError: tensors that differ in name or shape.
+        ModelError: tensors that differ in name or shape, or are floats in one and whole numbers in another.
         OptionError: a base or weights that the formula misses.
     """
     sources = [Memory(model, f"model {place}") for place, model in enumerate(models)]
@@ -147,7 +158,8 @@ def merge_tensors(
         found[name].view(-1)[start : start + len(part)] = part
 
     run(formula, sources, under if formula.needs_base else None, kinds, write)
-    return found | {name: sources[0].tensors[name].clone() for name in rest}
+    lead = under or sources[0]
+    return found | {name: lead.tensors[name].clone() for name in rest}
 
 
 def merge_files(
@@ -177,7 +189,8 @@ def merge_files(
         workers: threads; None for one a core.
 
     Raises:
-        ModelError: tensors that differ in name or shape, NaN or infinite results.
+        ModelError: tensors that differ in name or shape, or are floats in one and whole numbers in another; NaN or
+            infinite results; a damaged configuration.
         OptionError: a base or weights that the formula misses, or a pattern that selects nothing.
         OutputError: ``out`` holds something, or cannot be written.
     """
@@ -188,7 +201,8 @@ def merge_files(
     every: Kinds = kinds | copied
     values = {one.name: getattr(formula, one.name) for one in fields(formula)}
     options = {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
-    metadata = METADATA | {"merge": json.dumps({type(formula).__name__.lower(): options}, sort_keys=True)}
+    metadata = METADATA | {"merge": json.dumps({formula.name: options}, sort_keys=True)}
+    config = None if dtype is None else _config(lead.directory / "config.json", dtype)
     try:
         with staged(out, overwrite=overwrite) as aside, _Files(aside, every, shard_bytes, metadata) as files:
             run(formula, models, base if formula.needs_base else None, kinds, files.write, workers=workers)
@@ -196,11 +210,10 @@ def merge_files(
                 _copy(lead, name, copied[name], files)
             for pattern in _COPIED:
                 for file in lead.directory.glob(pattern):
-                    shutil.copyfile(file, aside / file.name)
-            if dtype is not None and (aside / "config.json").is_file():
-                config = json.loads((aside / "config.json").read_text("utf-8"))
-                config[next((key for key in ("dtype", "torch_dtype") if key in config), "dtype")] = str(dtype)[6:]
-                (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+                    if file.is_file():
+                        shutil.copyfile(file, aside / file.name)
+            if config is not None:
+                (aside / "config.json").write_text(config, "utf-8")
     finally:
         for source in (*models, *([base] if base else []), lead):
             source.close()
@@ -214,9 +227,10 @@ def _common(
     """What is merged, in which dtype and shape; and the names of what is copied."""
     lead = base or models[0]
     kinds = lead.kinds()
+    every = set(kinds).union(*(other.kinds() for other in models))
     for pattern in skip:
-        if not any(compiled(pattern).fullmatch(name) for name in kinds):
-            raise OptionError(f"merge: skip {pattern!r} selects none of the {len(kinds)} tensors of {lead.label}")
+        if not any(compiled(pattern).fullmatch(name) for name in every):
+            raise OptionError(f"merge: skip {pattern!r} selects none of the {len(every)} tensors of these models")
 
     def skipped(name: str) -> bool:
         return any(compiled(pattern).fullmatch(name) for pattern in skip)
@@ -225,15 +239,39 @@ def _common(
     for other in (*models, *([base] if base else [])):
         theirs = other.kinds()
         for name in merged.keys() | theirs.keys():
-            if skipped(name) or (name in kinds and name not in merged):
+            if skipped(name):
                 continue
-            one, two = (found[name][1] if name in found else None for found in (kinds, theirs))
+            mine, their = kinds.get(name), theirs.get(name)
+            if mine and their and mine[0].is_floating_point != their[0].is_floating_point:
+                raise ModelError(
+                    f"merge: {name} is {str(mine[0])[6:]} in {lead.label} and {str(their[0])[6:]} in {other.label}; "
+                    "merge models of one kind, or skip it"
+                )
+            if mine and name not in merged:
+                continue
+            one, two = (kind and kind[1] for kind in (mine, their))
             if one != two:
                 raise ModelError(
-                    f"merge: {name} is {one or 'missing'} in {lead.label} and {two or 'missing'} in {other.label}; "
+                    f"merge: {name} is {_words(one)} in {lead.label} and {_words(two)} in {other.label}; "
                     "merge models of one shape, or skip it"
                 )
     return merged, [name for name in kinds if name not in merged]
+
+
+def _words(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(shape)
+
+
+def _config(file: Path, dtype: torch.dtype) -> str | None:
+    """The configuration in ``file`` with another dtype; None where there is none."""
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        found[next((key for key in ("dtype", "torch_dtype") if key in found), "dtype")] = str(dtype)[6:]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{file}: damaged configuration ({error}); copy or download it again") from None
+    return json.dumps(found, indent=2) + "\n"
 
 
 def _files(source: Source) -> Shards:

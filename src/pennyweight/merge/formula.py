@@ -10,16 +10,17 @@ Shape letters: E models, n elements of a stretch.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
 
 from pennyweight.errors import OptionError
-from pennyweight.lever import ANY, option
+from pennyweight.lever import ANY, _is_a, option
 
 #: Elements of a stretch: those of a few models together stay in the cache of a core.
 STRETCH = 1 << 17
@@ -79,9 +80,14 @@ class Formula(ABC):
             raise OptionError(f"{self.title}: weights {self.weights}; give numbers")
 
     @property
+    def name(self) -> str:
+        """What recipes call it."""
+        return re.sub("(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @property
     def title(self) -> str:
         """What errors call it."""
-        return f"merge {type(self).__name__.lower()}"
+        return f"merge {self.name}"
 
     def check(self, models: int, *, base: bool) -> None:
         """Whether it can merge that many models.
@@ -104,11 +110,12 @@ class Formula(ABC):
 
 
 def check_options(instance: Any, title: str) -> None:
-    """Hold the options of a dataclass against their ranges, see `lever.option`.
+    """Hold the options of a dataclass against their ranges and types, see `lever.option`.
 
     Raises:
-        OptionError: one is outside.
+        OptionError: one is outside, or of another type; a list will do for a tuple.
     """
+    hints = get_type_hints(type(instance))
     for one in fields(instance):
         if "check" not in one.metadata:
             continue
@@ -119,6 +126,8 @@ def check_options(instance: Any, title: str) -> None:
             fine = False
         if not fine:
             raise OptionError(f"{title}: {one.name} = {value!r} is out of range; give {check.words}")
+        if not _is_a(tuple(value) if isinstance(value, list) else value, hints[one.name]):
+            raise OptionError(f"{title}: {one.name} = {value!r} is a {type(value).__name__}; give {one.type}")
 
 
 def weighted_sum(parts: Tensor, weights: list[float]) -> Tensor:

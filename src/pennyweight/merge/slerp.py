@@ -2,7 +2,8 @@
 
 Row 95's neighbor among practitioners. Source: K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985:
 equal angles for equal steps between two directions. Differs from the source: each tensor is one long vector, lengths
-are interpolated along with directions, and vectors that are nearly parallel are mixed linearly, as is the custom.
+are interpolated along with directions, and vectors that are nearly parallel, or nearly opposed, are mixed linearly, as
+is the custom.
 """
 
 from __future__ import annotations

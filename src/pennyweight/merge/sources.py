@@ -58,7 +58,11 @@ class Shards:
             name: (file, entry) for file, header in disk.headers.items() for name, entry in header.entries.items()
         }
         layout = self.directory / "weights.json"
-        if layout.is_file() and json.loads(layout.read_text("utf-8")).get("layers"):
+        try:
+            compact = layout.is_file() and json.loads(layout.read_text("utf-8")).get("layers")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{layout}: damaged ({error}); copy or download it again") from None
+        if compact:
             raise ModelError(f"{self.directory}: holds compact weights; merge first and fit then, or save it dense")
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -148,25 +152,26 @@ class Adapter:
         place = self.directory / "adapter_config.json"
         try:
             config = json.loads(place.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            self._alpha = float(config["lora_alpha"]) if config.get("peft_type") == "LORA" else 0.0
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{place}: cannot be read ({error}); give the directory that peft saved") from error
         unusual = [key for key in ("use_dora", "fan_in_fan_out", "lora_bias", "alpha_pattern") if config.get(key)]
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
             found = unusual or [str(config.get("peft_type")), f"bias {config.get('bias')}"]
             raise ModelError(f"{place}: only plain LoRA can be merged, this has {', '.join(found)}; merge it with peft")
         self._rank_power = 0.5 if config.get("use_rslora") else 1.0  # rank-stabilized: alpha / sqrt(R)
-        self._alpha = float(config["lora_alpha"])
         tensors = _all(self.directory / "adapter_model.safetensors")
         kinds = base.kinds()
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for name, down in tensors.items():
             if not name.endswith(".lora_A.weight"):
-                if name.endswith(".lora_B.weight"):
+                if name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in tensors:
                     continue
                 raise ModelError(f"{self.directory}: {name} is no LoRA factor; merge it with peft")
             stem = name.removesuffix(".lora_A.weight")
             up, target = tensors.get(f"{stem}.lora_B.weight"), stem.removeprefix("base_model.model.") + ".weight"
-            if up is None or target not in kinds or kinds[target][1] != (up.shape[0], down.shape[1]):
+            fits = up is not None and up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0] > 0
+            if up is None or not fits or target not in kinds or kinds[target][1] != (up.shape[0], down.shape[1]):
                 raise ModelError(f"{self.directory}: {name} fits no map of {base.label}; give the model it was made on")
             self._pairs[target] = (up, down)
 
