@@ -97,6 +97,21 @@ def matched_models_of_different_seeds_average_better_than_unmatched_ones(assets:
     )
 
 
+def _shrunk(wide: GPT, narrow: GPT) -> GPT:
+    """The wide one in the narrow one's shape: neighboring channels and neurons as one, their mean, or sum as inputs."""
+    made, big = copy.deepcopy(narrow), dict(wide.named_parameters())
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            found = big[name]
+            for side, size in enumerate(parameter.shape):
+                parts = found.unflatten(side, (size, -1))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                found = parts.sum(side + 1) if side and name != "embedding.weight" else parts.mean(side + 1)
+            parameter.copy_(found)
+        # the one table is the head, too: what its means lack there, the last norm makes up for, as in fusion
+        made.norm.weight.mul_(wide.config.width / narrow.config.width)
+    return made
+
+
 @cache
 def _widths() -> tuple[dict[str, float], dict[str, float]]:
     """Held-out nats a byte of a narrow GPT, a wide one, and what becomes of both; as they are, and tuned alike."""
@@ -104,19 +119,15 @@ def _widths() -> tuple[dict[str, float], dict[str, float]]:
         narrow, _ = trained(gpt(width=64, seed=0), "wiki", steps=400, peak=3e-3)
         wide, _ = trained(gpt(width=128, num_heads=4, seed=1), "wiki", steps=400, peak=3e-3, seed=1)
         seen, held = windows("wiki", "calibration", 4096)[:32], windows("wiki", "heldout", 192)
-        # the first channels, heads and neurons, in the places they happen to have
-        cut, big = copy.deepcopy(narrow), dict(wide.named_parameters())
-        with torch.no_grad():
-            for name, parameter in cut.named_parameters():
-                parameter.copy_(big[name][tuple(slice(size) for size in parameter.shape)])
+        shrunk = _shrunk(wide, narrow)
         made = {
             "narrow": narrow,
             "wide": wide,
             "matched": fuse(wide, narrow, seen),
             "softly matched": fuse(wide, narrow, seen, solver="sinkhorn"),
-            "unmatched": _average(cut, narrow),
+            "unmatched": _average(shrunk, narrow),
             "the wide one carried over": fuse(wide, narrow, seen, alpha=0.0),
-            "its first half": cut,
+            "its neighbors averaged": shrunk,
             "matched, into the wide": fuse(narrow, wide, seen),
         }
         found, tuned = {}, {}
@@ -134,7 +145,7 @@ def _said(found: dict[str, float]) -> str:
 
 @claim(row=71, pace="slow", headline=_HEADLINE)
 def models_of_different_widths_average_better_matched(assets: Assets) -> Outcome:
-    """A GPT of width 128 and one of 64, into the narrow one; unmatched: the first half of all that the wide one has."""
+    """A GPT of width 128 and one of 64, into the narrow one; unmatched: any two that are neighbors become one."""
     found, tuned = _widths()
     return Outcome(
         method=found["matched"],
@@ -143,7 +154,7 @@ def models_of_different_widths_average_better_matched(assets: Assets) -> Outcome
         holds=found["matched"] < found["unmatched"] - 0.05
         and tuned["matched"] < tuned["unmatched"]
         # the narrow one alone would pass for a fusion of both
-        and tuned["the wide one carried over"] < tuned["its first half"] - 0.01,
+        and tuned["the wide one carried over"] < tuned["its neighbors averaged"] - 0.01,
         control=("the narrow parent", found["narrow"]),
         notes=f"untuned: {_said(found)}; after 60 steps: {_said(tuned)}",
     )
@@ -158,6 +169,6 @@ def a_wide_model_lends_to_a_narrow_one(assets: Assets) -> Outcome:
         baseline=tuned["narrow"],
         unit="held-out nats a byte after 60 steps",
         holds=tuned["matched"] < tuned["narrow"],
-        control=("the average with the wide one's first half, tuned alike", tuned["unmatched"]),
+        control=("the average without matching, tuned alike", tuned["unmatched"]),
         notes=f"into the wide one {tuned['matched, into the wide']:.3f}, where the wide parent has {tuned['wide']:.3f}",
     )
