@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pennyweight.errors import DataError, OptionError
+from pennyweight.errors import DataError, ModelError, OptionError
 from pennyweight.lever import make
 from pennyweight.levers.prune.latent import Operator, alter, euler, latent_scores, least, moved, operators
 from pennyweight.model import anatomy
@@ -211,3 +211,24 @@ def test_removed_maps_store_zeros_for_biases_and_cheaper_ones_keep_theirs():
         assert layer.weight.cost().params == (8 * 32 if kept else 0)
         assert torch.equal(layer.bias, before if kept else torch.zeros(16))
         assert layer.bias.requires_grad == bool(kept)
+
+
+def without_biases(module: DiT) -> DiT:
+    for layer in module.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            layer.bias = None
+    return module
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.25])
+def test_maps_without_biases_go_and_come_back_from_a_file(kept, tmp_path):
+    module = without_biases(dit())
+    changed(module, share=0.3, kept=kept)
+    gone = [layer for layer in module.modules() if isinstance(getattr(layer, "weight", 0), LowRank)]
+    assert gone
+    assert all(layer.bias is None for layer in gone)
+    save(of_module(module), tmp_path / "out")
+    again = restore(without_biases(DiT(module.config)), tmp_path / "out")
+    assert torch.equal(sampler()(again.module), sampler()(module))
+    with pytest.raises(ModelError, match=r"tensors of the module are missing, the first is blocks\.0\..*bias"):
+        restore(DiT(module.config), tmp_path / "out")  # biases of chance are not taken for those that are not there
