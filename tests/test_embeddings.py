@@ -310,3 +310,26 @@ def test_bad_requests_are_refused_with_the_remedy():
     lever = make("factorize.embedding", {"method": "robe", "density": 0.5})
     assert not lever.needs
     assert lever.solve(Dense(torch.randn(20, 4)), Statistics()).cost().bytes <= 80
+
+
+@pytest.mark.parametrize("method", [*FOURTEEN, "hash"])
+def test_look_ups_take_ids_of_any_width_and_shape_and_no_others_than_there_are(method):
+    made = compressor(method, zipf(300), 4800)
+    for step in range(1, 5):
+        made.step(step / 4, lambda weight: float(weight.dense().detach().norm()))
+    layer = CompactEmbedding(made.finish())
+    whole = layer.weight.dense().detach()
+    ids = torch.tensor([[0, 299, 7], [150, 151, 40]])
+    with torch.no_grad():
+        for one in (ids, ids.int(), ids[0, 1], ids[:, :0]):
+            torch.testing.assert_close(layer(one), whole[one.long()])
+        for wrong in (300, 301, 10**6):
+            with pytest.raises(IndexError):
+                layer(torch.tensor([0, wrong]))
+
+
+def test_rules_that_would_answer_any_number_refuse_negative_ones_too():
+    for method in ("hash", "adapt", "dhe", "robe", "tt", "compo", "mde"):
+        made = compressor(method, zipf(300), 4800)
+        with pytest.raises(IndexError, match="rows -1 to 3 of 300"):
+            made.weight.rows(torch.tensor([3, -1]))

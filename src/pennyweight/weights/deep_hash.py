@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from pennyweight.errors import OptionError, ShapeError
 from pennyweight.weights.hashed import hash32
+from pennyweight.weights.ids import known_ids
 from pennyweight.weights.structured import held
 from pennyweight.weights.transposed import Transposed
 from pennyweight.weights.weight import Cost, Weight, form
@@ -63,6 +64,7 @@ class DeepHash(Weight):
         return (hash32(index[..., None] ^ key) >> 8).to(self.hidden.dtype) * 2.0**-23 - 1
 
     def rows(self, index: Tensor) -> Tensor:
+        index = known_ids(index, self.shape[0], "DeepHash")
         inner = functional.mish(functional.linear(self._hashes(index), self.hidden, self.hidden_bias))
         return functional.linear(inner, self.last, self.last_bias)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import OptionError, ShapeError
+from pennyweight.weights.ids import known_ids
 from pennyweight.weights.structured import held
 from pennyweight.weights.transposed import Transposed
 from pennyweight.weights.weight import Cost, Weight, check_finite, form
@@ -29,7 +30,7 @@ _CHUNK = 2**22  # entries of random bases made at a time: 16 MB of float32, 32 M
 
 
 def hash32(x: Tensor) -> Tensor:
-    """A well-mixed bijection of 32-bit words, held in int64."""
+    """A well-mixed bijection of 32-bit words, held in int64: give int64."""
     x = x & _WORD
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _WORD
@@ -131,7 +132,7 @@ class Hashed(Weight):
         return self._entries(0, self.shape[0] * self.shape[1]).view(self.shape)
 
     def rows(self, index: Tensor) -> Tensor:
-        flat = index.reshape(-1)
+        flat = known_ids(index, self.shape[0], "Hashed").reshape(-1)
         if not len(flat):
             return self.values.new_zeros(*index.shape, self.shape[1])
         start, stop = int(flat.min()) * self.shape[1], (int(flat.max()) + 1) * self.shape[1]

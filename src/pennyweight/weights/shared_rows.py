@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pennyweight.errors import FormError, OptionError, ShapeError
 from pennyweight.weights.hashed import hash32
+from pennyweight.weights.ids import known_ids
 from pennyweight.weights.transposed import Transposed
 from pennyweight.weights.weight import Cost, Weight, form
 
@@ -99,7 +100,7 @@ class SharedRows(Weight):
         return Transposed(self)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self.table.rows(self.places(index))
+        return self.table.rows(self.places(known_ids(index, self.shape[0], "SharedRows")))
 
     def settings(self) -> dict[str, Any]:
         return {"rows": self.shape[0], "rule": self.rule, "step": self.step}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import OptionError, ShapeError
+from pennyweight.weights.ids import known_ids
 from pennyweight.weights.weight import Cost, Nested, Weight, form
 
 
@@ -62,7 +63,7 @@ class Stacked(Nested):
     def rows(self, index: Tensor) -> Tensor:
         if self.axis == 1:
             return torch.cat([term.rows(index).to(self.dtype) for _, term in self.named_terms()], dim=-1)
-        flat = index.reshape(-1)
+        flat = known_ids(index, self.shape[0], "Stacked").reshape(-1)
         found = torch.zeros(len(flat), self.shape[1], dtype=self.dtype, device=self.device)
         start = 0
         for _, term in self.named_terms():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.errors import OptionError, ShapeError
+from pennyweight.weights.ids import known_ids
 from pennyweight.weights.structured import held
 from pennyweight.weights.transposed import Transposed
 from pennyweight.weights.weight import Cost, Weight, check_finite, form
@@ -92,7 +93,7 @@ class TensorTrain(Weight):
         return whole.reshape(-1, self.shape[1])[: self.shape[0]]
 
     def rows(self, index: Tensor) -> Tensor:
-        flat = index.reshape(-1)
+        flat = known_ids(index, self.shape[0], "TensorTrain").reshape(-1)
         b, c = self.second.shape[0], self.third.shape[0]
         one = self.first[torch.div(flat, b * c, rounding_mode="floor")]  # (rows, D, P)
         two = self.second[torch.div(flat, c, rounding_mode="floor") % b]  # (rows, P, E, Q)
