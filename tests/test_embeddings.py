@@ -333,3 +333,17 @@ def test_rules_that_would_answer_any_number_refuse_negative_ones_too():
         made = compressor(method, zipf(300), 4800)
         with pytest.raises(IndexError, match="rows -1 to 3 of 300"):
             made.weight.rows(torch.tensor([3, -1]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["fine,1", "poor"], "row 2 after the heading has no label"),
+        (["!!,1", "??,0"] * 3, "no text to train on has a word"),
+    ],
+)
+def test_tables_of_texts_that_say_nothing_end_in_one_line(rows, said, tmp_path, capsys):
+    file = tmp_path / "texts.csv"
+    file.write_text("\n".join(["text,label", *rows]))
+    assert main(["embeddings", str(file), "--methods", "robe", "--steps", "1"]) == 2
+    assert said in capsys.readouterr().err

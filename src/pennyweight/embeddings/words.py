@@ -28,7 +28,7 @@ def word_bags(source: str | Path, *, length: int = 24, held_out: int = 3000, see
         seed: of the draw.
 
     Raises:
-        DataError: a file that cannot be read, other columns, or not two classes.
+        DataError: a file that cannot be read, other columns, rows without a label, not two classes, or no words.
     """
     found = _read(Path(source)) if str(source).endswith(".csv") else labelled_text(str(source))
     classes = ("negative", "positive") if {"negative", "positive"} <= set(found.classes) else found.classes
@@ -41,6 +41,8 @@ def word_bags(source: str | Path, *, length: int = 24, held_out: int = 3000, see
     words = [re.findall(r"[a-z0-9'@#]+", pairs[n][0].lower())[:length] for n in order]
     labels = torch.tensor([int(pairs[n][1]) for n in order])
     counts = Counter(word for text in words[held_out:] for word in text)
+    if not counts:
+        raise DataError(f"embeddings: {source}: no text to train on has a word; give texts of letters or figures")
     number = {word: n for n, (word, _) in enumerate(counts.most_common())}
     ids = torch.full((len(words), length), -1)
     for row, text in enumerate(words):
@@ -52,10 +54,14 @@ def word_bags(source: str | Path, *, length: int = 24, held_out: int = 3000, see
 def _read(path: Path) -> LabelledText:
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            pairs = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+            pairs: list[tuple[str, str | None]] = [(row["text"], row["label"]) for row in csv.DictReader(file)]
     except KeyError as error:
         raise DataError(f"{path}: no column {error}; give columns text and label") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}); give a CSV file with columns text and label") from None
-    classes = tuple(sorted({label for _, label in pairs}))
-    return LabelledText(tuple(text for text, _ in pairs), tuple(classes.index(label) for _, label in pairs), classes)
+    labels = [label for _, label in pairs if label is not None]
+    if len(labels) < len(pairs):
+        place = next(place for place, (_, label) in enumerate(pairs, 1) if label is None)
+        raise DataError(f"{path}: row {place} after the heading has no label; give every text one")
+    classes = tuple(sorted(set(labels)))
+    return LabelledText(tuple(text for text, _ in pairs), tuple(map(classes.index, labels)), classes)
