@@ -76,6 +76,15 @@ def test_a_recipe_is_read_and_written_back_the_same():
     assert Recipe.parse(recipe.text(comment="two\nlines")) == recipe
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "'2:4'", "1:16"])
+def test_a_pattern_of_zeros_needs_no_quotes(pattern):
+    read = Recipe.parse(f"pennyweight: 1\nsteps:\n- prune.magnitude: {{pattern: {pattern}}}\n")
+    assert read.steps[0].lever.pattern == pattern.strip("'")
+    assert Recipe.parse(read.text()) == read
+    with pytest.raises(RecipeError, match="1:2:3"):
+        Recipe.parse("pennyweight: 1\nsteps:\n- prune.magnitude: {pattern: 1:2:3.5}\n")
+
+
 def test_each_step_selects_by_name_role_range_and_exception():
     first, second, third = (list(maps) for _, maps in Recipe.parse(TEXT).selected(MAPS))
     assert [one.name for one in first] == [one.name for one in MAPS if one.role.startswith("ffn")]

@@ -106,7 +106,8 @@ class MergeRecipe:
             RecipeError: not a merge, or options that its formula has not.
         """
         found = load_yaml(text, source)
-        if not isinstance(found, dict) or found.get("pennyweight") != 1 or "merge" not in found:
+        begun = isinstance(found, dict) and found.get("pennyweight")
+        if begun != 1 or isinstance(begun, bool) or "merge" not in found:
             raise RecipeError(f"{source}: not a merge; it begins with `pennyweight: 1`, and has merge: and models:")
         _known(found, _KEYS, source)
         name = str(found["merge"])
@@ -115,7 +116,8 @@ class MergeRecipe:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FORMULAS)}"
             raise RecipeError(f"{source}: no merge is called {name!r}; {hint}")
         given = found.get("models") or []
-        models = [one if isinstance(one, dict) else {"model": one} for one in given if isinstance(given, list)]
+        listed = given if isinstance(given, list) else []
+        models = [one if isinstance(one, dict) else {"model": one} for one in listed]
         for one in models:
             _known(one, _MODEL_KEYS, f"{source}, models")
         if not models or not all(isinstance(one.get("model"), str) for one in models):

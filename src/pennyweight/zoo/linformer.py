@@ -68,7 +68,7 @@ class Attention(nn.Module):
         if not 1 <= keys <= length:
             raise OptionError(f"Linformer: {keys} keys for a length of {length}; give 1 to {length}")
         near = torch.arange(length) * keys // length == torch.arange(keys)[:, None]
-        means = (near / near.sum(1, keepdim=True)).to(self.q_proj.weight.dtype)
+        means = (near / near.sum(1, keepdim=True)).to(self.q_proj.weight)
         self.key_mix.data, self.value_mix.data = means, means.clone()
 
     def forward(self, x: Tensor) -> Tensor:
