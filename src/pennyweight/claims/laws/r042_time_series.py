@@ -79,15 +79,18 @@ def likelihood_falls_with_size_inside_the_distribution(assets: Assets) -> Outcom
     largest = max(size for size, _ in rows["inside"])
     small = [point for point in rows["inside"] if point[0] < largest]
     law = laws.fit(small, form="power", axis="N", holdout=False)
-    truth = float(np.mean([loss for size, loss in rows["inside"] if size == largest]))
-    flat = abs(float(np.mean([loss for _, loss in small])) / truth - 1)
+    next_smaller = max(size for size, _ in small)
+    truth, unchanged = (
+        float(np.mean([loss for size, loss in rows["inside"] if size == one])) for one in (largest, next_smaller)
+    )
+    guesses = (float(law(N=largest)), unchanged, float(np.mean([loss for _, loss in small])))
+    method, baseline, control = (abs(guess / truth - 1) for guess in guesses)
     return Outcome(
-        method=abs(float(law(N=largest)) / truth - 1),
-        baseline=flat,
-        unit="relative error on the largest size, fitted without it",
-        holds=bool(found.a.interval.high < 0 and abs(law(N=largest) / truth - 1) < 0.7 * flat),
-        control=("slope outside the distribution, log10 loss a decade of size", found.b.slope),
-        interval=None,
+        method=method,
+        baseline=baseline,
+        unit="relative error on the largest size, fitted without it; the baseline is the loss of the next smaller one",
+        holds=bool(found.a.interval.high < 0 and method < 0.7 * baseline),
+        control=("the mean loss of all smaller ones", control),
         notes=(
             f"slope inside {found.a.slope:.4f} [{found.a.interval.low:.4f}, {found.a.interval.high:.4f}], outside "
             f"{found.b.slope:.4f} [{found.b.interval.low:.4f}, {found.b.interval.high:.4f}]; likelihoods of continuous "
