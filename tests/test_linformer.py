@@ -113,6 +113,9 @@ def test_one_call_takes_mixtures_where_the_clock_says_so_and_they_survive_a_file
 
 
 def test_bad_sizes_are_refused_with_the_remedy():
+    plain = of_module(nn.Sequential(nn.Linear(8, 8)), name="plain")
+    with pytest.raises(OptionError, match="keys = 4, and no attention here looks at mixtures; leave keys out"):
+        Auto(keys=4).change(plain, Work(model=plain, windows=None, maps=plain.anatomy.maps()))
     with pytest.raises(OptionError, match="give a width that heads divide, and both or neither"):
         Attention(16, 3)
     with pytest.raises(OptionError, match="20 keys for a length of 10; give 1 to 10"):

@@ -193,21 +193,26 @@ class Auto:
 
     def _mix(self, module: nn.Module, chosen: Collection[str]) -> list[str]:
         """Let attention look at mixtures where that is faster than anything else; the paths of those layers."""
+        if not self.keys:
+            return []
+        parents = {path.rpartition(".")[0] for path in chosen}
+        able: list[tuple[str, Any]] = [
+            (path, layer) for path, layer in module.named_modules() if path in parents and isinstance(layer, Mixable)
+        ]
+        if not able:
+            raise OptionError(f"{_NAME}: keys = {self.keys}, and no attention here looks at mixtures; leave keys out")
+        if self.tokens <= self.keys:
+            raise OptionError(
+                f"{_NAME}: {self.keys} mixtures of {self.tokens} tokens; time more tokens, or take fewer mixtures"
+            )
         found: dict[tuple[Any, ...], bool] = {}
         mixed = []
-        for path, layer in list(module.named_modules()):
-            one: Any = layer
-            if not (self.keys and isinstance(one, Mixable) and any(c.rpartition(".")[0] == path for c in chosen)):
-                continue
-            if self.tokens <= self.keys:
-                raise OptionError(
-                    f"{_NAME}: {self.keys} mixtures of {self.tokens} tokens; time more tokens, or take fewer mixtures"
-                )
+        for path, layer in able:
             shapes = tuple(tuple(tensor.shape) for tensor in layer.state_dict().values())
             if shapes not in found:
                 found[shapes] = self._mixing_pays(layer)
             if found[shapes]:
-                one.mix(self.tokens, self.keys)
+                layer.mix(self.tokens, self.keys)
                 mixed.append(path)
         if mixed:
             known = resized_of(module)
