@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -12,7 +11,9 @@ from pennyweight.claims import Outcome, claim
 from pennyweight.claims.assets import Assets
 from pennyweight.claims.encoders import studied
 from pennyweight.claims.experts import TASKS, experts, losses, parameters
+from pennyweight.claims.kept import Kept
 from pennyweight.claims.tiny import one_thread
+from pennyweight.measure import stats
 from pennyweight.merge.engine import merge_tensors
 from pennyweight.merge.linear import Linear
 from pennyweight.merge.moments import compressed, read_moments
@@ -79,13 +80,11 @@ def two_fifths_of_the_edits_keep_an_experts_gain(assets: Assets) -> Outcome:
 
 
 @cache
-def _kept_by_each() -> dict[str, float]:
-    """Of four experts merged: the share of their gains, by method."""
+def _kept_by_each() -> dict[str, Tensor]:
+    """Of four experts merged: the share of their gains by window (see `Kept`), by method."""
     with one_thread():
         known = experts()
         base, models = parameters(known.base), [parameters(one) for one in known.models]
-        before = losses(base, TASKS)
-        after = [losses(model, [task])[0] for model, task in zip(models, TASKS, strict=True)]
         full = tuple(read_moments(one) for one in known.moments)
         small = tuple(read_moments(compressed(one)) for one in known.moments)
         rivals = {
@@ -96,25 +95,24 @@ def _kept_by_each() -> dict[str, float]:
             "ota + ffg": OTA(moments=full, density=0.4),
             "ota + ffg, rank one": OTA(moments=small, density=0.4),
         }
-        kept = {}
-        for name, formula in rivals.items():
-            found = losses(merge_tensors(formula, models, base), TASKS)
-            kept[name] = fmean((b - f) / (b - a) for b, f, a in zip(before, found, after, strict=True))
-    return kept
+        kept = Kept(known)
+        return {name: kept(merge_tensors(formula, models, base)) for name, formula in rivals.items()}
 
 
 @claim(row=96, pace="slow", headline=_HEADLINE)
 def grafts_before_weighing_keep_more_than_weighing_alone(assets: Assets) -> Outcome:
     """The whole method, FFG at 40 % and then OTA, against OTA of all edits."""
     kept = _kept_by_each()
+    gain, baseline = stats.paired_difference(kept["ota"], kept["ota + ffg"]), float(kept["ota"].mean())
     return Outcome(
-        method=kept["ota + ffg"],
-        baseline=kept["ota"],
+        method=float(kept["ota + ffg"].mean()),
+        baseline=baseline,
         unit="share of four experts' gains that their merge keeps",
         lower_is_better=False,
-        holds=kept["ota + ffg"] >= kept["ota"],
-        control=("average", kept["average"]),
-        notes="an element that one expert's mask leaves gets that expert's edit whole",
+        holds=gain.low > 0,
+        control=("average", float(kept["average"].mean())),
+        interval=(baseline + gain.low, baseline + gain.high),
+        notes="an element that one expert's mask leaves gets that expert's edit whole; interval: of the difference",
     )
 
 
@@ -122,14 +120,18 @@ def grafts_before_weighing_keep_more_than_weighing_alone(assets: Assets) -> Outc
 def weighing_by_curvature_keeps_more_than_averaging(assets: Assets) -> Outcome:
     """Four experts merged, with whole and compressed moments, no grafts before."""
     kept = _kept_by_each()
+    gain, small = (stats.paired_difference(kept["average"], kept[name]) for name in ("ota", "ota, rank one"))
+    baseline = float(kept["average"].mean())
     return Outcome(
-        method=kept["ota"],
-        baseline=kept["average"],
+        method=float(kept["ota"].mean()),
+        baseline=baseline,
         unit="share of four experts' gains that their merge keeps",
         lower_is_better=False,
-        holds=kept["ota"] > kept["average"] + 0.01 and kept["ota, rank one"] > kept["average"] + 0.01,
-        control=("TIES", kept["ties"]),
-        notes="; ".join(f"{name}: {value:.3f}" for name, value in kept.items()),
+        holds=min(gain.value, small.value) > 0.01 and min(gain.low, small.low) > 0,
+        control=("TIES", float(kept["ties"].mean())),
+        interval=(baseline + gain.low, baseline + gain.high),
+        notes="; ".join(f"{name}: {float(value.mean()):.3f}" for name, value in kept.items())
+        + f"; moments of rank one over the average [{small.low:+.3f}, {small.high:+.3f}]; intervals are of differences",
     )
 
 
