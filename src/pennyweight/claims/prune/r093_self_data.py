@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from pennyweight.claims import Outcome, claim, tiny
 from pennyweight.claims.assets import Assets
+from pennyweight.data.windowing import Part
 from pennyweight.evaluate.agreement import agreement
+from pennyweight.evaluate.perplexity import token_losses
 from pennyweight.measure import stats
 from pennyweight.measure.drafting import speculate
 from pennyweight.merge import Slerp, merge_tensors
@@ -23,6 +25,7 @@ from pennyweight.zoo.gpt import GPT
 _DEPTH, _REMOVED = 8, 2  # a quarter, as 32 to 24 layers and about the paper's 32 to 26
 _STEPS, _RECOVERY = 800, 120
 _PROMPT, _PAIRS = 16, 768
+_ARTICLES: tuple[tuple[Part, int], ...] = (("calibration", _PAIRS), ("heldout", 512))
 _MARGIN = 0.95
 
 
@@ -63,7 +66,10 @@ def recovery_on_own_answers_forgets_less(assets: Assets) -> Outcome:
     tiny.trainer(original, wsd(_STEPS, _STEPS // 20, 0.3, "linear", peak=4e-3), batch=32).run(_STEPS)
     original.eval()
     code, held = (part[:, : tiny.LENGTH - 1] for part in tiny.text())
-    wiki = byte_windows("wiki", part="calibration", length=tiny.LENGTH, count=_PAIRS).clamp_(max=tiny.VOCABULARY - 1)
+    wiki, fresh = (
+        byte_windows("wiki", part=part, length=tiny.LENGTH, count=count).clamp_(max=tiny.VOCABULARY - 1)
+        for part, count in _ARTICLES
+    )
 
     def divergence(module: nn.Module) -> Tensor:  # (C,), one figure a held-out window of code
         return agreement(original, module, held, batch=128).kl.mean(1)
@@ -87,6 +93,12 @@ def recovery_on_own_answers_forgets_less(assets: Assets) -> Outcome:
     harm["merged", "own"] = divergence(merged)
 
     gain = stats.paired_difference(harm["wiki", "gold"], harm["wiki", "own"])
+    # forgetting nothing is easy for who learns nothing: nats of other articles, before and after, and of code's pupil
+    unread, read, elsewhere, gold_read = (
+        token_losses(module, fresh, batch=128)[:, _PROMPT - 1 :].mean(1)
+        for module in (pruned, found["wiki", "own"], found["code", "own"], found["wiki", "gold"])
+    )
+    learned, beyond = (stats.paired_difference(rival, read) for rival in (unread, elsewhere))
     method, baseline, control = (
         float(harm[key].mean()) for key in (("wiki", "own"), ("wiki", "gold"), ("code", "gold"))
     )
@@ -99,6 +111,7 @@ def recovery_on_own_answers_forgets_less(assets: Assets) -> Outcome:
         holds=(
             method < _MARGIN * baseline
             and gain.high < 0
+            and max(learned.high, beyond.high) < 0
             and cut[chosen[0]] < sum(others) / len(others)
             and between <= max(worse, float(harm["code", "own"].mean()))
             and after > before
@@ -109,7 +122,10 @@ def recovery_on_own_answers_forgets_less(assets: Assets) -> Outcome:
             f"blocks {chosen} of {_DEPTH} went: {cut[chosen[0]]:.3f} before recovery, other runs "
             f"{min(others):.3f} to {max(others):.3f}, mean {sum(others) / len(others):.3f}; own answers to prompts of "
             f"code {float(harm['code', 'own'].mean()):.3f}, merged half-way (SLERP) with those to articles "
-            f"{between:.3f}; of a draft's tokens {before:.0%} stand before recovery, {after:.0%} of the merged one's"
+            f"{between:.3f}; nats a byte of other articles {float(read.mean()):.3f}, before recovery "
+            f"{float(unread.mean()):.3f}, tuned on articles as they are {float(gold_read.mean()):.3f}, on own answers "
+            f"to code {float(elsewhere.mean()):.3f} (difference [{beyond.low:+.3f}, {beyond.high:+.3f}]); of a "
+            f"draft's tokens {before:.0%} stand before recovery, {after:.0%} of the merged one's"
         ),
     )
 
