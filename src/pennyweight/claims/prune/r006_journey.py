@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ _STEPS = 450
 _WIDTHS = (32, 38, 46, 54, 64)  # of the dense models
 #: (width of the sparse run, width of the dense model of its average size)
 _PAIRS = ((64, 46), (64, 54), (54, 38))
-_GAP = 0.03  # nats, or two standard errors of the seeds where that is more
+_GAP = 0.03  # nats
 
 
 class _Run(NamedTuple):
@@ -78,10 +77,8 @@ def average_size_says_the_loss(assets: Assets) -> Outcome:
     gaps, equal, smaller = [], True, True
     for pair, run in sparse.items():
         twin = dense[pair[1]]
-        difference = run.losses - twin.losses
-        error = float(difference.std()) / math.sqrt(len(_SEEDS))
-        gaps.append(float(difference.mean()))
-        equal &= abs(gaps[-1]) <= max(_GAP, 2 * error)
+        gaps.append(float((run.losses - twin.losses).mean()))
+        equal &= abs(gaps[-1]) <= _GAP
         smaller &= run.final < 0.95 * twin.final and abs(run.average / twin.average - 1) < 0.001
     every = [*dense.values(), *sparse.values()]
     law = fit_sparse(
