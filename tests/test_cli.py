@@ -4,9 +4,9 @@ import importlib
 import inspect
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,12 +34,14 @@ def test_nothing_heavy_is_imported_for_help_and_lists(words):
 
 
 def test_help_answers_within_half_a_second():
+    """Of the processor: it waits for nothing else, and what else the machine does is not its time."""
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "pennyweight.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
-        seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 0.5  # the quickest: other work on the machine is not ours to answer for
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(ended.ru_utime - begun.ru_utime + ended.ru_stime - begun.ru_stime)
+    assert 0 < min(seconds) < 0.5
 
 
 def test_every_command_has_help_and_every_option_a_text():
