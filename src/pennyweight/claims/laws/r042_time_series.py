@@ -45,7 +45,7 @@ class _Forecaster(nn.Module):
         location, scale, freedom = self.head(self.body(series[:, :CONTEXT])).chunk(3, -1)
         spread = nn.functional.softplus(scale) + 1e-3
         student = torch.distributions.StudentT(2 + nn.functional.softplus(freedom), location, spread)
-        found: Tensor = 2.302585 - student.log_prob(series[:, CONTEXT:]).mean()  # type: ignore[no-untyped-call]
+        found: Tensor = 2.302585 - student.log_prob(series[:, CONTEXT:]).mean()  # type: ignore[no-untyped-call]  # of torch
         return found
 
 
@@ -68,7 +68,7 @@ def likelihood_falls_with_size_inside_the_distribution(assets: Assets) -> Outcom
             g = torch.Generator().manual_seed(seed)
             for _ in range(_STEPS):
                 optimizer.zero_grad()
-                model.loss(series_of(_BATCH, g, outside=False)).backward()  # type: ignore[no-untyped-call]
+                model.loss(series_of(_BATCH, g, outside=False)).backward()  # type: ignore[no-untyped-call]  # of torch
                 optimizer.step()
                 schedule.step()
             size = float(sum(p.numel() for p in model.parameters()))

@@ -60,6 +60,7 @@ def step_law_lands_near_the_best_of_every_grid(assets: Assets) -> Outcome:
     published, rival = _excess(_step), _excess(_compute_only)
     fixed = _excess(lambda n, d: (3e-4, _step(n, d)[1]))
     sizes = sorted(set(columns("steplaw_dense")["N"].tolist()))
+    # mypy infers no type of a lambda with a default
     by_size = [_excess(_without(size), lambda n, d, size=size: n == size) for size in sizes]  # type: ignore[misc]
     fresh = np.concatenate(by_size)
     return Outcome(
