@@ -41,7 +41,7 @@ def test_help_answers_within_half_a_second():
         subprocess.run([sys.executable, "-m", "pennyweight.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(ended.ru_utime - begun.ru_utime + ended.ru_stime - begun.ru_stime)
-    assert 0 < min(seconds) < 0.5
+    assert 0 < min(seconds) < 0.4  # the rest of half a second is for what it reads from the disk
 
 
 def test_every_command_has_help_and_every_option_a_text():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pennyweight.errors import OptionError
+from pennyweight.errors import DataError, OptionError
 from pennyweight.laws import bench, stack
 
 BASE = bench.Run(width=8, depth=2, steps=12, batch=3, length=9, held_out=8, warmup=3, evaluations=3, windows=20)
@@ -31,5 +31,7 @@ def test_runs_that_cannot_be_stacked_are_refused():
         stack.train([BASE, replace(BASE, steps=13)])
     with pytest.raises(OptionError, match="schedule = 'wsd'; give cosine or constant"):
         stack.train([replace(BASE, schedule="wsd")])
+    with pytest.raises(DataError, match="held_out = 99999999 were asked for"):
+        stack.train([replace(BASE, held_out=99999999)])
     with pytest.raises(OptionError, match="no runs"):
         stack.train([])

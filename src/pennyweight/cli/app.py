@@ -26,6 +26,9 @@ app.command()(machines.tune)
 app.command()(machines.devices)
 app.command()(lookups.embeddings)
 
+#: What `plan` follows and takes where nothing is said.
+_LAW, _UTILIZATION = "chinchilla (refit)", 0.4
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, directory, GGUF file, or cached hub id.")]
 Data = Annotated[str, typer.Option(help="Text to calibrate and judge on: short name, file or folder.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there as JSON, too.")]
@@ -150,7 +153,7 @@ def plan(
     ] = None,
     gpu_hours: Annotated[float | None, typer.Option(help="Or hours of one device.")] = None,
     device: Annotated[str | None, typer.Option(help="h100, a100, ... or its peak FLOP/s.")] = None,
-    utilization: Annotated[float, typer.Option(help="Share of the peak that is reached.")] = 0.4,
+    utilization: Annotated[float, typer.Option(help="Share of the peak that is reached.")] = _UTILIZATION,
     money: Annotated[float | None, typer.Option(help="Or an amount, with --price.")] = None,
     price: Annotated[float | None, typer.Option(help="Of a device-hour.")] = None,
     tokens: Annotated[str | None, typer.Option(metavar="COUNT", help="Unique training tokens there are: 30B.")] = None,
@@ -162,7 +165,7 @@ def plan(
     law: Annotated[
         str,
         typer.Option(metavar="FILE", help="Follow it: a law of N and D that `laws fit --json` wrote, or one by name."),
-    ] = "chinchilla (refit)",
+    ] = _LAW,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the training plan there as a page.")] = None,
     json: Json = None,
 ) -> None:
@@ -176,8 +179,8 @@ def plan(
         given = {
             "--compute": compute, "--gpu-hours": gpu_hours, "--device": device, "--money": money, "--price": price,
             "--tokens": tokens, "--serve": serve, "--memory": memory, "--score": score, "--out": out, "--json": json,
-            "--law": None if law == "chinchilla (refit)" else law,
-            "--utilization": None if utilization == 0.4 else utilization,
+            "--law": None if law == _LAW else law,
+            "--utilization": None if utilization == _UTILIZATION else utilization,
         }  # fmt: skip
         if of_training := [name for name, value in given.items() if value is not None]:
             raise OptionError(f"plan: {', '.join(of_training)}: of a training run; leave MODEL out, or them")

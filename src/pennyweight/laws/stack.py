@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pennyweight.errors import ModelError, OptionError
+from pennyweight.laws import bench
 from pennyweight.laws.bench import Record, Run
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def train(runs: Sequence[Run]) -> list[Record]:
     Raises:
         OptionError: no runs, runs that differ in more, or a schedule other than cosine and constant.
         ModelError: a loss that is not finite.
+        DataError: fewer held-out windows than are asked for.
     """
     import torch
 
@@ -55,13 +57,11 @@ def _train(runs: Sequence[Run]) -> list[Record]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from pennyweight.evaluate.perplexity import token_losses
-    from pennyweight.train import Samples, byte_windows, schedules
+    from pennyweight.train import Samples, schedules
     from pennyweight.zoo.gpt import GPT, GPTConfig
 
     run, count = runs[0], len(runs)
-    windows = byte_windows(run.text, part="calibration", length=run.length + 1)[: run.windows]
-    held = byte_windows(run.text, part="heldout", length=run.length + 1)
-    held = held[:: len(held) // run.held_out][: run.held_out]
+    windows, held = bench._text(run)
     config = GPTConfig(width=run.width, depth=run.depth, num_heads=2, vocabulary=256, context=run.length + 1)
     modules = [GPT(config, generator=torch.Generator().manual_seed(one.seed)) for one in runs]
     samples = {one.seed: Samples(windows, seed=one.seed) for one in runs}
